@@ -1,0 +1,42 @@
+# One target a chore; every target sets up .venv first and does so only once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Two pytest workers with one thread each beat one worker with two: small tensors spend their time waiting at barriers.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+RUN ?= demo/run
+STEPS ?= 1,2,4,8,16,32
+
+.PHONY: demo test test-slow lint bench gpu clean
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/adrec demo --out demo --overwrite
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/adrec bench tradeoff $(RUN) --steps $(STEPS) --out $(RUN)/tradeoff.jsonl
+	$(BIN)/adrec bench report $(RUN)/tradeoff.jsonl --out $(RUN)/report
+
+gpu: $(STAMP)
+	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch can use')"
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,154 @@
+"""Run folders: ``config.yaml``, ``model.safetensors``, ``items.parquet``, ``run.json``, ``metrics.json`` and logs.
+
+Loading a run reads YAML (safe loader), JSON, Parquet and safetensors only: no code in it is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adrec.config import RunConfig, StrictModel, load_yaml, parse, write_text
+from adrec.data.dataset import Dataset, tool_version
+from adrec.errors import ConfigError, RunError
+from adrec.models import build_model
+from adrec.models.base import SequenceModel
+
+CONFIG, WEIGHTS, ITEMS, RUN_FILE, METRICS_FILE = (
+    "config.yaml",
+    "model.safetensors",
+    "items.parquet",
+    "run.json",
+    "metrics.json",
+)
+BASELINE = "baseline"
+
+
+class RunInfo(StrictModel):
+    """Contents of ``run.json``: where the run comes from. data_path is as given at training time."""
+
+    schema_version: Literal[1] = 1
+    tool_version: str
+    dataset_name: str
+    dataset_fingerprint: str
+    data_path: str
+    model_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A loaded run. item_ids: raw id of item i is ``item_ids[i - 1]``; item_counts: `[N + 1]` training counts."""
+
+    path: Path
+    settings: RunConfig
+    info: RunInfo
+    model: SequenceModel
+    item_ids: pa.Array
+    item_counts: Tensor
+    metrics: dict[str, Any]
+
+    @property
+    def config(self) -> Any:
+        return self.settings.model
+
+    @property
+    def fingerprint(self) -> str:
+        return self.info.model_fingerprint
+
+    @property
+    def dataset_fingerprint(self) -> str:
+        return self.info.dataset_fingerprint
+
+    @property
+    def data_path(self) -> str:
+        return self.info.data_path
+
+    def baseline(self) -> Run | None:
+        """The SASRec+ run of stage 1 kept inside this run, if there is one."""
+        return load_run(self.path / BASELINE) if (self.path / BASELINE / RUN_FILE).is_file() else None
+
+
+def model_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values of a state dict, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def save_run(
+    path: Path, settings: RunConfig, model: SequenceModel, dataset: Dataset, data_path: str, metrics: Mapping[str, Any]
+) -> None:
+    """Write a run's files into ``path`` (made when missing), each whole or not at all; ``run.json`` comes last."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / RUN_FILE).unlink(missing_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
+    save_file(state, temporary)
+    temporary.replace(path / WEIGHTS)
+    write_text(path / CONFIG, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    table = pa.table({"raw": dataset.item_ids, "count": pa.array(dataset.item_counts()[1:].numpy())})
+    temporary = path / f".{ITEMS}.{os.getpid()}.tmp"
+    pq.write_table(table, temporary)
+    temporary.replace(path / ITEMS)
+    write_metrics(path, metrics)
+    info = RunInfo(
+        tool_version=tool_version(),
+        dataset_name=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        data_path=data_path,
+        model_fingerprint=model_fingerprint(state),
+    )
+    write_text(path / RUN_FILE, info.model_dump_json(indent=2) + "\n")
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write ``metrics.json`` of a run."""
+    write_text(path / METRICS_FILE, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
+
+
+def load_run(path: str | Path, device: str = "cpu") -> Run:
+    """Read a run folder; raises RunError naming what is missing, damaged or of another version."""
+    path = Path(path)
+    if not (path / RUN_FILE).is_file():
+        raise RunError(
+            f"{path}: not a finished run ({RUN_FILE} is missing); train one with `adrec train DATA --out {path}`,"
+            " or continue an interrupted one with --resume"
+        )
+    try:
+        info = parse(RunInfo, json.loads((path / RUN_FILE).read_text(encoding="utf-8")), f"{path / RUN_FILE}")
+        settings = parse(RunConfig, load_yaml(path / CONFIG), f"{path / CONFIG}")
+        state = load_file(path / WEIGHTS, device=device)
+        items = pq.read_table(path / ITEMS)
+        metrics = json.loads((path / METRICS_FILE).read_text(encoding="utf-8"))
+    except (ConfigError, ValidationError, OSError, ValueError, SafetensorError, pa.ArrowException) as error:
+        raise RunError(f"{path}: the run cannot be read: {error}") from None
+    if model_fingerprint(state) != info.model_fingerprint:
+        raise RunError(f"{path / WEIGHTS}: the weights do not match the fingerprint in {RUN_FILE}; restore the file")
+    model = build_model(settings.model)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise RunError(f"{path}: {CONFIG} does not describe the weights: {error}") from None
+    if items.num_rows != settings.model.items:
+        raise RunError(f"{path / ITEMS}: {items.num_rows} items, but the model has {settings.model.items}")
+    counts = torch.zeros(items.num_rows + 1, dtype=torch.int64)
+    counts[1:] = torch.from_numpy(items["count"].to_numpy().copy())
+    raw = items["raw"].combine_chunks()
+    return Run(path, settings, info, model.to(device).eval(), raw, counts, metrics)

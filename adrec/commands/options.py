@@ -1,0 +1,45 @@
+"""Parsing shared by commands: comma-separated lists and ``key=value`` settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from adrec.errors import ConfigError
+
+
+def integers(text: str, option: str, low: int, high: int) -> list[int]:
+    """Parse ``1,2,4``; raise ConfigError naming the option, the value and the range."""
+    values = []
+    for part in text.split(","):
+        try:
+            value = int(part)
+        except ValueError:
+            raise ConfigError(
+                f"{option} is '{text}'; expected whole numbers separated by commas, such as 1,2,4"
+            ) from None
+        if not low <= value <= high:
+            raise ConfigError(f"{option} holds {value}; allowed: {low} to {high}")
+        values.append(value)
+    return list(dict.fromkeys(values))
+
+
+def apply_settings(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Put ``section.key=value`` assignments (values read as YAML) into nested settings; returns ``values``."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set '{assignment}': expected section.key=value, such as model.width=64")
+        *sections, name = key.strip().split(".")
+        target = values
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set '{assignment}': '{section}' is a value, not a section")
+        try:
+            target[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set '{assignment}': the value is not YAML: {error}") from None
+    return values

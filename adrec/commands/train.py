@@ -1,0 +1,77 @@
+"""`adrec train`: the three stages as one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from adrec.commands.options import apply_settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(train)
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder written by `adrec prepare`, or the authors' dataset.pkl.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help="adrec (three stages) or sasrec (the baseline alone).")] = "adrec",
+    config: Annotated[Path | None, typer.Option(help="YAML with `model:` and `train:` sections.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: --set model.padding=masked. Repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, batches, noise and dropout.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs of each stage (default 500).")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run, with the same settings.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    devices: Annotated[str, typer.Option(help="Number of devices (DDP over several), or auto.")] = "auto",
+    progress: Annotated[bool, typer.Option(help="Show the progress bar.")] = True,
+) -> None:
+    """Train ADRec: pre-train the item table (SASRec+), warm up with it frozen, then train everything.
+
+    The run folder holds config.yaml, model.safetensors, metrics.json, logs (CSV, TensorBoard) and the SASRec+ baseline.
+    """
+    from adrec.config import RunConfig, load_yaml, parse
+    from adrec.data.dataset import Dataset
+    from adrec.errors import ConfigError, nearest
+    from adrec.training.stages import JOB, train_run
+
+    if device not in ("auto", "cpu", "gpu"):
+        raise ConfigError(f"--device is '{device}'{nearest(device, ['auto', 'cpu', 'gpu'])}; allowed: auto, cpu, gpu")
+    if devices != "auto" and not (devices.isascii() and devices.isdigit() and int(devices) > 0):
+        raise ConfigError(f"--devices is '{devices}'; allowed: auto or a whole number from 1")
+    console = Console(soft_wrap=True)
+    dataset = Dataset.load(data)
+    values: dict[str, Any] = {} if config is None else load_yaml(config)
+    if resume and config is None and (out / JOB).is_file():
+        # An interrupted run knows its settings; giving others is refused below.
+        values = load_yaml(out / JOB)
+        values.pop("dataset_fingerprint", None)
+    for section in ("model", "train"):
+        values[section] = values.get(section) or {}
+    values["model"].setdefault("items", dataset.item_count)
+    values["model"].setdefault("model", model)
+    if seed is not None:
+        values["train"]["seed"] = seed
+    if epochs is not None:
+        for stage in ("pretrain", "main"):
+            values["train"].setdefault(stage, {})["epochs"] = epochs
+    run_config = parse(RunConfig, apply_settings(values, settings or []), str(config or "settings"))
+    run = train_run(
+        dataset,
+        str(data),
+        out,
+        run_config,
+        resume=resume,
+        accelerator=device,
+        devices=devices if devices == "auto" else int(devices),
+        progress=progress,
+        report=lambda line: console.print(line, highlight=False),
+    )
+    console.print(f"run written to {run.path}; next: adrec evaluate {run.path}", highlight=False)

@@ -1,0 +1,146 @@
+"""Configuration of models and training, validated by pydantic; the defaults are the paper's unless said otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from adrec.errors import ConfigError, nearest
+from adrec.schedule import ScheduleName
+
+
+class StrictModel(BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(StrictModel):
+    """What the network computes (ADRec, arXiv 2505.19544; SASRec+, arXiv 1808.09781 with full cross-entropy)."""
+
+    model: Literal["adrec", "sasrec"] = "adrec"
+    items: int = Field(ge=1, description="N, the size of the catalogue without the padding row")
+    width: int = Field(128, ge=2, le=4096, description="D, even and divisible by heads")
+    heads: int = Field(4, ge=1)
+    max_length: int = Field(50, ge=1, description="the most recent items of a history that are read")
+    encoder_blocks: int = Field(2, ge=1)
+    denoiser: Literal["att", "mlp"] = "att"
+    denoiser_blocks: int = Field(2, ge=1)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    embedding_dropout: float = Field(0.3, ge=0.0, lt=1.0)
+    padding: Literal["released", "masked"] = Field(
+        "released", description="released: real positions attend to the padding, as the published weights do"
+    )
+    positions: Literal["none", "learned"] = Field("none", description="learned positions, counted from the end")
+    timesteps: int = Field(32, ge=1, le=4095, description="T, the diffusion steps trained")
+    schedule: ScheduleName = "trunc_lin"
+    lambda_uncertainty: float = Field(0.001, ge=0.0, description="weight of x_t + e_t next to the condition")
+    independent_noise: bool = Field(True, description="each token draws its own step; else one step a sequence")
+    geodesic: bool = False
+    condition_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of sequences trained without condition")
+    guidance_scale: float = Field(1.0, ge=0.0, description="s of uncond + s (cond - uncond); 1 switches guidance off")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.width % self.heads or self.width % 2:
+            raise ValueError(f"width is {self.width}; allowed: even multiples of heads ({self.heads})")
+        if self.guidance_scale != 1.0 and self.condition_dropout == 0.0:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale} but condition_dropout is 0: the model never learns the"
+                " unconditional case; set condition_dropout (the released code uses 0.3) or guidance_scale 1"
+            )
+        return self
+
+    def baseline(self, positions: Literal["none", "learned"]) -> ModelConfig:
+        """The SASRec+ body of stage 1: same items, width, blocks and padding, no diffusion."""
+        return self.model_copy(
+            update={"model": "sasrec", "positions": positions, "condition_dropout": 0.0, "guidance_scale": 1.0}
+        )
+
+
+class OptimiserConfig(StrictModel):
+    """Adam with cosine annealing over ``cosine_epochs`` (paper: 500), stopped early on validation NDCG@20."""
+
+    learning_rate: float = Field(1e-3, gt=0.0)
+    weight_decay: float = Field(1e-5, ge=0.0)
+    epochs: int = Field(500, ge=1)
+    cosine_epochs: int = Field(500, ge=1)
+    validate_every: int = Field(5, ge=1, description="epochs between validations")
+    patience: int = Field(4, ge=1, description="validations without improvement before stopping")
+
+
+class TrainConfig(StrictModel):
+    """The three stages of ADRec's training (paper section 4.4)."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    batch_size: int = Field(512, ge=1, description="users a step, summed over all processes")
+    pretrain: OptimiserConfig = OptimiserConfig()
+    pretrain_positions: Literal["none", "learned"] = Field(
+        "learned", description="positions of the stage-1 body; learned makes it the SASRec+ baseline"
+    )
+    main: OptimiserConfig = OptimiserConfig()
+    warmup_epochs: int = Field(5, ge=0, description="epochs of stage 2, with the item table frozen")
+    frozen_decay: bool = Field(
+        False, description="let weight decay shrink the frozen table in stage 2, as the released code does by accident"
+    )
+    pcgrad: bool = Field(False, description="project conflicting gradients of the two losses")
+    loss_scale: float = Field(1.0, ge=0.0, description="weight of the reconstruction loss")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    logits_budget: int = Field(2**24, ge=1, description="logits held at a time by the chunked cross-entropy, elements")
+
+
+class RunConfig(StrictModel):
+    """Contents of a run's ``config.yaml``."""
+
+    schema_version: Literal[1] = 1
+    model: ModelConfig
+    train: TrainConfig | None = None
+
+
+Settings = TypeVar("Settings", bound=StrictModel)
+
+
+def parse(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    """Validate ``values`` as ``kind``; raise ConfigError naming the key, the value and what is allowed."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{where}: {_explain(kind, issue)}" for issue in error.errors())) from None
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader; raise ConfigError when it is not one."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}; expected a mapping of settings")
+    return values
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all (temporary file, then rename)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _explain(kind: type[BaseModel], issue: Any) -> str:
+    location = issue["loc"]
+    key = ".".join(str(part) for part in location) or "settings"
+    if issue["type"] == "extra_forbidden":
+        owner: Any = kind
+        for part in location[:-1]:
+            annotation = owner.model_fields[part].annotation
+            owner = next(
+                (option for option in getattr(annotation, "__args__", ()) if isinstance(option, type)), annotation
+            )
+        allowed = list(owner.model_fields)
+        return f"unknown key '{key}'{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
+    return f"{key} is {issue['input']!r}: {issue['msg'].removeprefix('Value error, ')}"

@@ -1,0 +1,105 @@
+"""Finding the line of a text file that a message must name.
+
+Reading is done by Polars in bulk, which knows rows at best. Only when something is wrong is the file read
+again line by line, so that good files do not pay for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+BYTE_ORDER_MARK = "\ufeff"
+
+
+def line_of_row(path: Path, row: int, layout: str, separator: str) -> int:
+    """Return the 1-based line on which data row ``row`` (0-based) starts.
+
+    layout: ``"quoted"`` (header line, CSV quoting), ``"header"`` (header line, no quoting), ``"bare"`` (no
+    header) or ``"json"`` (blank lines are no rows).
+    """
+    if layout == "quoted":
+        header = True
+        records = _records(path, separator)
+        for start, fields, _ in records:
+            if header:
+                # Blank lines before the header are no rows; after it they are (empty) rows.
+                header = not fields
+            elif row == 0:
+                return start
+            else:
+                row -= 1
+        return 1
+    if layout == "json":
+        for number, line in enumerate(_lines(path), start=1):
+            if line.strip():
+                if row == 0:
+                    return number
+                row -= 1
+        return 1
+    return row + (2 if layout == "header" else 1)
+
+
+def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple[int, str] | None:
+    """Return the first line that cannot be read, and why; ``None`` when every line looks fine.
+
+    width: number of fields in a row (ignored for JSON).
+    """
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return number, f"byte {raw[error.start]:#04x} is not UTF-8; convert the file to UTF-8"
+    if layout == "json":
+        for number, line in enumerate(_lines(path), start=1):
+            if not line.strip():
+                continue
+            try:
+                if not isinstance(json.loads(line), dict):
+                    return number, f"expected a JSON object, found {line.strip()[:40]!r}"
+            except json.JSONDecodeError as error:
+                return number, f"not a JSON object ({error.msg}, column {error.pos + 1})"
+        return None
+    if layout != "quoted":
+        for number, line in enumerate(_lines(path), start=1):
+            if line.count(separator) >= width:
+                return number, f"{line.count(separator) + 1} fields, expected {width}"
+        return None
+    number = 1
+    try:
+        for number, fields, text in _records(path, separator):
+            if len(fields) > width:
+                return (
+                    number,
+                    f"{len(fields)} fields, the header has {width}; quote values that hold the separator",
+                )
+            if text.count('"') % 2:
+                return number, "a quote is opened and not closed; double a quote that is part of a value"
+    except csv.Error as error:
+        return number, f"{error}"
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # Only "\n" ends a line here: U+2028 and a lone "\r" inside a value must not shift the numbers.
+    with path.open(encoding="utf-8-sig", errors="replace", newline="\n") as file:
+        yield from file
+
+
+def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str], str]]:
+    """Yield start line, fields and raw text of each CSV record."""
+    text: list[str] = []
+
+    def remembered() -> Iterator[str]:
+        for line in _lines(path):
+            text.append(line)
+            yield line
+
+    start = 1
+    for fields in csv.reader(remembered(), delimiter=separator):
+        yield start, fields, "".join(text)
+        start += len(text)
+        text.clear()

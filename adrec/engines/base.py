@@ -1,0 +1,154 @@
+"""The engine interface: encode histories, sample a representation, score the catalogue, take the top k."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adrec.data.jagged import Jagged
+from adrec.errors import ConfigError
+from adrec.models.adrec import ADRec
+from adrec.models.base import SequenceModel
+from adrec.noise import ExplicitNoise, PhiloxNoise
+from adrec.schedule import DiffusionTable, respace
+from kernels import philox
+
+SCORES_BUDGET = 2**25
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Best items of each row. items: `[B, k]` int64, 0 where fewer than k were left. scores: `[B, k]` float32."""
+
+    items: Tensor
+    scores: Tensor
+
+
+class Engine(ABC):
+    """Computes recommendations of one trained model.
+
+    Every engine returns the same numbers up to rounding: noise is a function of (seed, row key, draw, dimension), so a
+    user's recommendations depend neither on the batch nor on the engine.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: SequenceModel) -> None:
+        self.model = model.eval()
+        self._tables: dict[int, DiffusionTable] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.table.device
+
+    @abstractmethod
+    def encode(self, histories: Jagged) -> Any:
+        """Everything about the histories that no reverse step changes. Each needs 1 item or more."""
+
+    @abstractmethod
+    def sample(self, state: Any, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
+        """Run the reverse process of ``table`` (None for models without one); returns `[B, D]` in input order."""
+
+    def table(self, steps: int | None) -> DiffusionTable | None:
+        """Coefficients for ``steps`` reverse steps (None: as trained); None for a model without diffusion."""
+        if not isinstance(self.model, ADRec):
+            if steps is not None and steps != 1:
+                raise ConfigError(f"steps is {steps}, but a '{self.model.config.model}' model has no reverse steps")
+            return None
+        steps = self.model.config.timesteps if steps is None else steps
+        if steps not in self._tables:
+            self._tables[steps] = respace(self.model.betas, steps)
+        return self._tables[steps]
+
+    @torch.inference_mode()
+    def represent(
+        self,
+        histories: Jagged,
+        steps: int | None = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        row_keys: Tensor | None = None,
+    ) -> Tensor:
+        """Generate the representation of each history's next item, `[B, D]`.
+
+        histories: item ids 1..N, oldest first; the last ``max_length`` are read. steps: S of 1..T (None: T). seed: of
+        the noise. noise: `[S + 1, B, D]` instead of a seed. row_keys: `[B]` int64 in [0, 2^39), the identity of each
+        user in the noise (None: a hash of the history). Raises ValueError for an empty history.
+        """
+        if len(histories) == 0:
+            return torch.empty(0, self.model.config.width, device=self.device)
+        if int(histories.lengths.min()) < 1:
+            row = int((histories.lengths < 1).nonzero()[0])
+            raise ValueError(
+                f"history {row} is empty; an engine needs 1 item or more (Recommender falls back to popularity)"
+            )
+        histories = histories.tail(self.model.config.max_length)
+        source: PhiloxNoise | ExplicitNoise
+        if noise is not None:
+            source = ExplicitNoise(noise.to(self.device))
+        else:
+            keys = history_keys(histories) if row_keys is None else row_keys
+            source = PhiloxNoise(seed, keys.to(self.device), self.model.config.width)
+        return self.sample(self.encode(histories.to(self.device)), self.table(steps), source)
+
+    @torch.inference_mode()
+    def score(self, rows: Tensor) -> Tensor:
+        """Inner products with the whole table, `[B, D] -> [B, N + 1]`; column 0 is the padding row."""
+        return rows @ self.model.table.T
+
+    @torch.inference_mode()
+    def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
+        """Best k items of each representation `[B, D]`, never holding more than 2^25 scores.
+
+        exclude: items to leave out of each row's list. Raises ValueError unless 1 <= k <= N.
+        """
+        items = self.model.config.items
+        if not 1 <= k <= items:
+            raise ValueError(f"k is {k}; allowed: 1 to {items}, the size of the catalogue")
+        chunk = max(k, min(items, SCORES_BUDGET // max(1, rows.shape[0])))
+        best = TopK(
+            torch.zeros(rows.shape[0], 0, dtype=torch.int64, device=rows.device), rows.new_zeros(rows.shape[0], 0)
+        )
+        owners = None if exclude is None else _row_index(exclude)
+        for first in range(1, items + 1, chunk):
+            scores = rows @ self.model.table[first : first + chunk].T
+            if exclude is not None and owners is not None:
+                inside = (exclude.values >= first) & (exclude.values < first + chunk)
+                scores[owners[inside], exclude.values[inside] - first] = -torch.inf
+            values, places = scores.topk(min(k, scores.shape[1]), -1)
+            values, places = torch.cat([best.scores, values], -1), torch.cat([best.items, places + first], -1)
+            values, order = values.topk(min(k, values.shape[1]), -1)
+            best = TopK(places.gather(-1, order), values)
+        return TopK(best.items.masked_fill(best.scores == -torch.inf, 0), best.scores)
+
+    def recommend(
+        self,
+        histories: Jagged,
+        k: int,
+        steps: int | None = None,
+        seed: int = 0,
+        row_keys: Tensor | None = None,
+        exclude: Jagged | None = None,
+    ) -> TopK:
+        """Represent, score and take the top k in one call; see `represent` and `top_k`."""
+        return self.top_k(self.represent(histories, steps, seed, row_keys=row_keys), k, exclude)
+
+
+def history_keys(histories: Jagged) -> Tensor:
+    """Hash each history to a row key in [0, 2^39): equal histories share their noise. Returns `[B]` int64."""
+    lengths = histories.lengths
+    rows = _row_index(histories)
+    from_end = histories.offsets[1:].repeat_interleave(lengths) - torch.arange(rows.numel(), device=rows.device)
+    word, other = philox.philox(0, from_end)
+    # Products wrap around in int64 on purpose; the odd multiplier of each place keeps the order of items relevant.
+    mixed = (histories.values + 1) * ((word << 31) ^ other | 1)
+    total = torch.zeros_like(lengths).index_add_(0, rows, mixed)
+    return (total ^ (total >> 29)) & (philox.ROW_KEYS - 1)
+
+
+def _row_index(jagged: Jagged) -> Tensor:
+    return torch.arange(len(jagged), device=jagged.offsets.device).repeat_interleave(jagged.lengths)

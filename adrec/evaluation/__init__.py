@@ -1,0 +1,24 @@
+"""Evaluation by full ranking: metrics with intervals, strata, the popularity baseline."""
+
+from __future__ import annotations
+
+from adrec.evaluation.metrics import CUTOFFS, METRICS, Interval, interval_table, point_metrics, target_ranks
+from adrec.evaluation.protocol import Evaluation, evaluate, popularity_evaluation, top_overlap
+from adrec.evaluation.strata import head_items, length_groups, popularity_groups, stratify
+
+__all__ = [
+    "CUTOFFS",
+    "METRICS",
+    "Evaluation",
+    "Interval",
+    "evaluate",
+    "head_items",
+    "interval_table",
+    "length_groups",
+    "point_metrics",
+    "popularity_evaluation",
+    "popularity_groups",
+    "stratify",
+    "target_ranks",
+    "top_overlap",
+]

@@ -1,0 +1,93 @@
+"""Evaluate an engine on the examples of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adrec.engines.base import Engine
+from adrec.evaluation.metrics import CUTOFFS, Interval, exclude_owners, interval_table, target_ranks
+
+if TYPE_CHECKING:
+    from adrec.data.dataset import Examples
+
+LISTED = max(CUTOFFS)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """ranks: `[n]` int64, 0 is best. top_items: `[n, min(20, N)]` int64. metrics: percent, with 95 % intervals."""
+
+    ranks: Tensor
+    top_items: Tensor
+    metrics: dict[str, Interval] = field(default_factory=dict)
+
+    @property
+    def users(self) -> int:
+        return self.ranks.numel()
+
+
+def evaluate(
+    engine: Engine,
+    examples: Examples,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 512,
+    exclude_history: bool = False,
+    bootstrap: int = 1000,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Rank the whole catalogue for every example; averages over users, counts ties against the model.
+
+    The row key of a user's noise is the user's row in the data set. exclude_history: leave out the user's own items.
+    progress: called with the number of users done. Every history needs 1 item or more.
+    """
+    ranks, tops = [], []
+    for first in range(0, examples.targets.numel(), batch_size):
+        rows = torch.arange(first, min(first + batch_size, examples.targets.numel()))
+        histories = examples.histories.select(rows)
+        represented = engine.represent(histories, steps, seed, row_keys=examples.users[rows])
+        exclude = histories.to(engine.device) if exclude_history else None
+        targets = examples.targets[rows].to(engine.device)
+        ranks.append(target_ranks(represented, engine.model.table.detach(), targets, exclude).cpu())
+        tops.append(engine.top_k(represented, min(LISTED, engine.model.config.items), exclude).items.cpu())
+        if progress is not None:
+            progress(rows.numel())
+    return _evaluation(ranks, tops, bootstrap)
+
+
+def popularity_evaluation(
+    item_counts: Tensor, examples: Examples, *, exclude_history: bool = False, bootstrap: int = 1000
+) -> Evaluation:
+    """Recommend the items with the most training interactions `[N + 1]` to everybody."""
+    listed = min(LISTED, item_counts.numel() - 1)
+    ranks, tops = [], []
+    # Popularity is a representation of one dimension: the score of an item is its count. Ties count against it.
+    table, batch = item_counts.to(torch.float32)[:, None], 512
+    for first in range(0, examples.targets.numel(), batch):
+        rows = torch.arange(first, min(first + batch, examples.targets.numel()))
+        exclude = examples.histories.select(rows) if exclude_history else None
+        ones = torch.ones(rows.numel(), 1)
+        ranks.append(target_ranks(ones, table, examples.targets[rows], exclude))
+        scores = (ones @ table[1:].T).clone()
+        if exclude is not None:
+            scores[exclude_owners(exclude), exclude.values - 1] = -torch.inf
+        tops.append(scores.topk(listed, -1).indices + 1)
+    return _evaluation(ranks, tops, bootstrap)
+
+
+def top_overlap(first: Tensor, second: Tensor) -> Tensor:
+    """Share of the items two top lists `[n, k]` have in common, whatever their order; `[n]` in [0, 1]."""
+    same = (first[:, :, None] == second[:, None, :]) & (first != 0)[:, :, None]
+    return same.any(-1).float().mean(-1)
+
+
+def _evaluation(ranks: list[Tensor], tops: list[Tensor], bootstrap: int) -> Evaluation:
+    joined = torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+    lists = torch.cat(tops) if tops else torch.zeros(0, LISTED, dtype=torch.int64)
+    return Evaluation(joined, lists, interval_table(joined, bootstrap))

@@ -1,0 +1,111 @@
+"""The forward process of training, and where the noise of sampling comes from (an argument, never hidden state)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adrec.models.layout import Layout
+from adrec.schedule import DiffusionTable
+from kernels import philox
+
+
+@dataclass(frozen=True)
+class TokenNoise:
+    """What training draws for a batch.
+
+    steps: `[M]` int64 in 0..T-1. gaussian: `[M, D]`. padding_steps: `[1]` or `[B]` int64, the step of the padding.
+    keep_condition: `[B]` bool, False where a sequence is trained without its condition; None keeps all.
+    """
+
+    steps: Tensor
+    gaussian: Tensor
+    padding_steps: Tensor
+    keep_condition: Tensor | None = None
+
+
+def draw_token_noise(
+    layout: Layout,
+    width: int,
+    timesteps: int,
+    *,
+    independent: bool = True,
+    condition_dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> TokenNoise:
+    """Draw ``t ~ U{0..T-1}`` and noise for each token, or one t for each sequence (paper section 4.2).
+
+    Padding has step 0 with independent steps and its sequence's step otherwise, as in the released code.
+    """
+    device = layout.lengths.device
+    batch, tokens = layout.lengths.numel(), layout.tokens
+    if independent:
+        steps = torch.randint(timesteps, (tokens,), generator=generator, device=device)
+        padding_steps = steps.new_zeros(1)
+    else:
+        padding_steps = torch.randint(timesteps, (batch,), generator=generator, device=device)
+        steps = padding_steps[layout.users]
+    gaussian = torch.randn(tokens, width, generator=generator, device=device)
+    keep = None
+    if condition_dropout > 0.0:
+        keep = torch.rand(batch, generator=generator, device=device) >= condition_dropout
+    return TokenNoise(steps, gaussian, padding_steps, keep)
+
+
+def noised(clean: Tensor, steps: Tensor, gaussian: Tensor, table: DiffusionTable, geodesic: bool) -> Tensor:
+    """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps``; on the unit sphere a geodesic walk along it.
+
+    clean, gaussian: `[M, D]`. steps: `[M]` int64. Returns `[M, D]`.
+    """
+    signal, noise = (column.to(clean.device)[steps, None] for column in (table.signal, table.noise))
+    x_t = signal * clean + noise * gaussian
+    if not geodesic:
+        return x_t
+    length = x_t.norm(dim=-1, keepdim=True)
+    return length.cos() * clean + length.sin() * x_t / length
+
+
+class NoiseSource(Protocol):
+    """Gaussian noise of sampling: draw 0 is x_T, draw i the noise of the i-th reverse step."""
+
+    def __call__(self, draw: int) -> Tensor:
+        """Return `[B, D]` float32."""
+
+
+@dataclass(frozen=True)
+class PhiloxNoise:
+    """Noise that is a function of (seed, the row's key, draw, dimension) only; see `kernels.philox`."""
+
+    seed: int
+    row_keys: Tensor
+    width: int
+
+    def __call__(self, draw: int) -> Tensor:
+        return philox.row_noise(self.seed, self.row_keys, draw, self.width)
+
+    def select(self, rows: Tensor) -> PhiloxNoise:
+        """The noise of some rows `[R]`, in that order."""
+        return PhiloxNoise(self.seed, self.row_keys[rows], self.width)
+
+
+@dataclass(frozen=True)
+class ExplicitNoise:
+    """Noise given as a tensor `[S + 1, B, D]`: row 0 is x_T, the last row belongs to t = 0 and has no effect."""
+
+    values: Tensor
+
+    def __call__(self, draw: int) -> Tensor:
+        return self.values[draw]
+
+    def select(self, rows: Tensor) -> ExplicitNoise:
+        """The noise of some rows `[R]`, in that order."""
+        return ExplicitNoise(self.values[:, rows])
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Project rows to the unit sphere."""
+    return F.normalize(rows, dim=-1)

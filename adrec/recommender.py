@@ -1,0 +1,153 @@
+"""Raw histories in, raw item ids and scores out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from adrec.checkpoint import Run, load_run
+from adrec.data.jagged import Jagged
+from adrec.engines import Engine, make_engine
+from adrec.errors import AdrecError, ConfigError
+
+Source = Literal["model", "popularity"]
+
+
+class UnknownItemError(AdrecError):
+    """A history holds items that the model does not know and ``unknown="raise"`` was asked for."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One user's list. items: raw ids, best first. scores: inner products, or training counts for popularity.
+
+    unknown: how many items of the history were dropped because the model does not know them. source: ``model``, or
+    ``popularity`` when no known item was left in the history.
+    """
+
+    items: list[Any]
+    scores: list[float]
+    unknown: int
+    source: Source
+
+
+class Recommender:
+    """Serves a run: three lines from a run folder to recommendations.
+
+    >>> recommender = Recommender.load("runs/beauty")
+    >>> recommender.recommend([["itemA", "itemB"]], k=20)[0].items
+    """
+
+    def __init__(self, run: Run, engine: Engine) -> None:
+        self.run, self.engine = run, engine
+
+    @classmethod
+    def load(cls, run: str | Path, engine: str = "cached", device: str = "cpu") -> Recommender:
+        """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine."""
+        loaded = load_run(run, device)
+        return cls(loaded, make_engine(engine, loaded.model))
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[Any]],
+        k: int = 20,
+        *,
+        steps: int | None = 1,
+        seed: int = 0,
+        unknown: Literal["drop", "raise"] = "drop",
+        exclude_history: bool = False,
+        user_keys: Sequence[int] | None = None,
+        batch_size: int = 512,
+    ) -> list[Recommendation]:
+        """Recommend ``k`` items for each history (raw item ids, oldest first).
+
+        steps: reverse steps, 1 to T; None runs the T the model was trained with. seed: of the noise; the result is a
+        function of (history, seed, steps), or of (user key, history, seed, steps) with ``user_keys`` in [0, 2^39), and
+        of nothing else. unknown: drop items the model does not know and count them, or raise UnknownItemError. A
+        history without a known item gets the most popular items, with ``source="popularity"`` and one warning.
+        exclude_history: leave out the user's own items; a list is shorter than k when too few are left. Raises
+        ConfigError for a k outside 1..N or steps outside 1..T.
+        """
+        items = self.run.settings.model.items
+        if not 1 <= k <= items:
+            raise ConfigError(f"k is {k}; allowed: 1 to {items}, the size of the catalogue")
+        if self.run.settings.model.model == "sasrec":
+            steps = None
+        if user_keys is not None and len(user_keys) != len(histories):
+            raise ConfigError(f"{len(user_keys)} user keys for {len(histories)} histories; give one each or none")
+        encoded = [self._encode(row, history, unknown) for row, history in enumerate(histories)]
+        known = [row for row, ids in enumerate(encoded) if ids]
+        results: list[Recommendation | None] = [None] * len(histories)
+        for first in range(0, len(known), batch_size):
+            rows = known[first : first + batch_size]
+            batch = Jagged.from_lists([encoded[row] for row in rows])
+            keys = None if user_keys is None else torch.tensor([user_keys[row] for row in rows])
+            exclude = batch.to(self.engine.device) if exclude_history else None
+            top = self.engine.recommend(batch, k, steps, seed, keys, exclude)
+            for row, ids, scores in zip(rows, top.items.tolist(), top.scores.tolist(), strict=True):
+                dropped = len(histories[row]) - len(encoded[row])
+                results[row] = self._result(ids, scores, dropped, "model")
+        for row, ids in enumerate(encoded):
+            if not ids:
+                results[row] = self._popular(k, len(histories[row]))
+        if len(known) < len(histories):
+            warnings.warn(
+                f"{len(histories) - len(known)} of {len(histories)} histories hold no known item;"
+                " they get the most popular items",
+                stacklevel=2,
+            )
+        return [result for result in results if result is not None]
+
+    def stream(self, batches: Iterator[Sequence[Sequence[Any]]], **options: Any) -> Iterator[list[Recommendation]]:
+        """Recommend batch by batch; see `recommend` for the options."""
+        for batch in batches:
+            yield self.recommend(batch, **options)
+
+    def _encode(self, row: int, history: Sequence[Any], unknown: str) -> list[int]:
+        if isinstance(history, str | bytes):
+            raise ConfigError(f"history {row} is the text {history!r}; expected a list of item ids")
+        ids = [self._lookup(value) for value in history]
+        if unknown == "raise" and 0 in ids:
+            missing = [history[place] for place, item in enumerate(ids) if item == 0]
+            raise UnknownItemError(
+                f"history {row} holds {len(missing)} unknown items, the first is {missing[0]!r};"
+                ' unknown="drop" leaves them out'
+            )
+        return [item for item in ids if item]
+
+    def _lookup(self, value: Any) -> int:
+        found = self._index.get(value, 0) if not isinstance(value, bool) else 0
+        if found or not isinstance(value, str | int) or isinstance(value, bool):
+            return found
+        # Files carry integers as text and the other way round; only the plain spelling of a number matches.
+        if isinstance(value, int):
+            return self._index.get(str(value), 0)
+        return self._index.get(int(value), 0) if value.isascii() and value.isdigit() and str(int(value)) == value else 0
+
+    @cached_property
+    def _raw(self) -> list[Any]:
+        return self.run.item_ids.to_pylist()
+
+    @cached_property
+    def _index(self) -> dict[Any, int]:
+        return {raw: item for item, raw in enumerate(self._raw, start=1)}
+
+    @cached_property
+    def _popularity(self) -> tuple[list[int], list[float]]:
+        counts = self.run.item_counts[1:]
+        order = counts.argsort(descending=True, stable=True)
+        return (order + 1).tolist(), counts[order].tolist()
+
+    def _popular(self, k: int, unknown: int) -> Recommendation:
+        items, counts = self._popularity
+        return self._result(items[:k], [float(count) for count in counts[:k]], unknown, "popularity")
+
+    def _result(self, ids: list[int], scores: list[float], unknown: int, source: Source) -> Recommendation:
+        kept = [place for place, item in enumerate(ids) if item]
+        return Recommendation([self._raw[ids[i] - 1] for i in kept], [scores[i] for i in kept], unknown, source)

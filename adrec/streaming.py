@@ -1,0 +1,230 @@
+"""Histories read, and recommendations written, batch by batch: files may be larger than memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from adrec.errors import DataError
+from adrec.recommender import Recommendation
+
+FORMATS = (".csv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class UserHistory:
+    """user: the file's user id, or the row number where it has none. history: raw item ids, oldest first."""
+
+    user: Any
+    history: list[Any]
+
+
+def read_histories(path: Path, separator: str = " ") -> Iterator[UserHistory]:
+    """Yield the users of a ``.csv``, ``.jsonl`` or ``.parquet`` file in order.
+
+    jsonl and parquet: ``history`` (a list of ids) and optionally ``user``. csv: either those columns, with the history
+    as a JSON list or ids joined by ``separator``, or one interaction a row in columns ``user`` and ``item``, a user's
+    rows together and oldest first. Raises DataError naming the file and line.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    readers = {
+        ".csv": lambda: _read_csv(path, separator),
+        ".jsonl": lambda: _read_jsonl(path),
+        ".parquet": lambda: _read_parquet(path),
+    }
+    yield from readers[file_format(path, "--input")]()
+
+
+def file_format(path: Path, option: str) -> str:
+    """The suffix of a supported file; raises DataError otherwise."""
+    if path.suffix.lower() not in FORMATS:
+        raise DataError(f"{option} is {path}: unknown format '{path.suffix}'; allowed: {', '.join(FORMATS)}")
+    return path.suffix.lower()
+
+
+def _read_csv(path: Path, separator: str) -> Iterator[UserHistory]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            columns = list(reader.fieldnames or [])
+            if "history" in columns:
+                for number, row in enumerate(reader):
+                    text = _cell(row, "history", path, reader.line_num)
+                    yield UserHistory(row.get("user") or number, _split(text, separator, path, reader.line_num))
+            elif {"user", "item"} <= set(columns):
+                pairs = (
+                    (_cell(row, "user", path, reader.line_num), _cell(row, "item", path, reader.line_num))
+                    for row in reader
+                )
+                seen: set[int] = set()
+                for user, group in groupby(pairs, key=lambda pair: pair[0]):
+                    # Hashes, not ids, so that a hundred million users still fit in memory.
+                    if hash(user) in seen:
+                        raise DataError(
+                            f"{path}, line {reader.line_num}: user '{user}' comes back; sort the file by user"
+                        )
+                    seen.add(hash(user))
+                    yield UserHistory(user, [item for _, item in group])
+            else:
+                raise DataError(
+                    f"{path}: columns are {', '.join(columns) or 'none'}; expected 'history', or 'user' and 'item'"
+                )
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}, line {reader.line_num + 1}: not readable as CSV in UTF-8: {error}") from None
+
+
+def _cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"{path}, line {line}: no value for column '{column}'")
+    return value
+
+
+def _split(text: str, separator: str, path: Path, line: int) -> list[Any]:
+    if not text.startswith("["):
+        return [part for part in text.split(separator) if part]
+    try:
+        return _checked(json.loads(text), path, line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {line}: 'history' starts with '[' but is not a JSON list: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[UserHistory]:
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        try:
+            for number, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                row = json.loads(text)
+                if not isinstance(row, dict) or "history" not in row:
+                    raise DataError(f"{path}, line {number}: expected an object with 'history' (and 'user')")
+                yield UserHistory(row.get("user", number - 1), _checked(row["history"], path, number))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number + 1}: not UTF-8: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[UserHistory]:
+    try:
+        source = pq.ParquetFile(path)
+    except pa.ArrowException as error:
+        raise DataError(f"{path}: not a Parquet file: {error}") from None
+    names = source.schema_arrow.names
+    if "history" not in names:
+        raise DataError(
+            f"{path}: columns are {', '.join(names)}; expected 'history' (a list of ids) and optionally 'user'"
+        )
+    number = 0
+    for batch in source.iter_batches(4096, columns=[name for name in ("user", "history") if name in names]):
+        histories = batch.column("history").to_pylist()
+        users = batch.column("user").to_pylist() if "user" in names else range(number, number + len(histories))
+        for user, history in zip(users, histories, strict=True):
+            number += 1
+            yield UserHistory(user, _checked(history, path, number))
+
+
+def _checked(history: Any, path: Path, line: int) -> list[Any]:
+    if not isinstance(history, list) or not all(isinstance(item, str | int) for item in history):
+        raise DataError(
+            f"{path}, line {line}: 'history' is {str(history)[:80]!r}; expected a list of text or integer ids"
+        )
+    return history
+
+
+class Writer(Protocol):
+    """Takes finished recommendations in order."""
+
+    def write(self, users: list[Any], results: list[Recommendation]) -> None: ...
+
+
+class _JsonLines:
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, users: list[Any], results: list[Recommendation]) -> None:
+        for user, result in zip(users, results, strict=True):
+            self.file.write(json.dumps({"user": user, **vars(result)}, ensure_ascii=False) + "\n")
+
+
+class _Csv:
+    """One row a recommended item."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.rows = csv.writer(file, lineterminator="\n")
+        self.rows.writerow(["user", "rank", "item", "score", "source"])
+
+    def write(self, users: list[Any], results: list[Recommendation]) -> None:
+        for user, result in zip(users, results, strict=True):
+            for rank, (item, score) in enumerate(zip(result.items, result.scores, strict=True), start=1):
+                self.rows.writerow([user, rank, item, f"{score:.9g}", result.source])
+
+
+class _Parquet:
+    """One row a user; items have the type of the catalogue's raw ids, users become text unless all are integers."""
+
+    def __init__(self, path: Path, item_type: pa.DataType) -> None:
+        self.path, self.item_type = path, item_type
+        self.writer: pq.ParquetWriter | None = None
+
+    def write(self, users: list[Any], results: list[Recommendation]) -> None:
+        if self.writer is None:
+            integers = all(isinstance(user, int) for user in users)
+            self.schema = pa.schema(
+                [
+                    ("user", pa.int64() if integers else pa.string()),
+                    ("items", pa.list_(self.item_type)),
+                    ("scores", pa.list_(pa.float32())),
+                    ("unknown", pa.int32()),
+                    ("source", pa.string()),
+                ]
+            )
+            self.writer = pq.ParquetWriter(self.path, self.schema)
+        if self.schema.field("user").type == pa.string():
+            users = [str(user) for user in users]
+        columns = [users, *([getattr(r, name) for r in results] for name in ("items", "scores", "unknown", "source"))]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
+        self.writer.write_batch(pa.record_batch(arrays, schema=self.schema))
+
+    def __enter__(self) -> _Parquet:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is None and kind is None:
+            self.write([], [])
+        if self.writer is not None:
+            self.writer.close()
+
+
+@contextmanager
+def open_output(path: Path, item_type: pa.DataType) -> Iterator[Writer]:
+    """Open a ``.jsonl``, ``.csv`` or ``.parquet`` output; it appears under its name only when everything is written."""
+    kind = file_format(path, "--out")
+    if not path.parent.is_dir():
+        raise DataError(f"--out is {path}: the folder {path.parent} does not exist")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if kind == ".parquet":
+            with _Parquet(temporary, item_type) as writer:
+                yield writer
+        else:
+            with temporary.open("w", encoding="utf-8", newline="") as file:
+                yield _JsonLines(file) if kind == ".jsonl" else _Csv(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,231 @@
+"""The three stages as one resumable job that ends in a run folder."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from adrec.checkpoint import BASELINE, RUN_FILE, WEIGHTS, Run, load_run, save_run
+from adrec.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, load_yaml, write_text
+from adrec.data.dataset import Dataset
+from adrec.errors import ConfigError, DataError, RunError
+from adrec.models import ADRec, build_model
+from adrec.training.batches import derive_seed, useful_tokens
+from adrec.training.module import MONITOR, StageModule
+
+CHECKPOINTS, LOGS, JOB = "checkpoints", "logs", "job.yaml"
+
+
+class _EpochTimes(Callback):
+    """Wall-clock seconds of each training epoch, validation not counted."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = self._paused = 0.0
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._paused -= time.perf_counter()
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._paused += time.perf_counter()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start - self._paused)
+
+
+def train_run(
+    dataset: Dataset,
+    data_path: str,
+    out: Path,
+    settings: RunConfig,
+    *,
+    resume: bool = False,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    progress: bool = True,
+    report: Callable[[str], None] = print,
+) -> Run:
+    """Train ``settings.model`` on a data set and write the run folder ``out``; returns the run as loaded from disk.
+
+    An ``adrec`` model runs stage 1 first (its SASRec+ stays in ``out/baseline``). resume: continue an interrupted run
+    with the same settings; finished stages are not repeated. report: called with a line of text at each milestone.
+    Raises RunError when ``out`` holds something else, ConfigError or DataError when settings and data do not fit.
+    """
+    train = settings.train or TrainConfig()
+    settings = settings.model_copy(update={"train": train})
+    _check(dataset, out, settings, resume)
+    _claim(out, settings, dataset.fingerprint)
+    share = useful_tokens(dataset.training_sequences(), settings.model.max_length, train.batch_size, train.seed)
+    report(
+        f"useful tokens: {share['linear']:.1f} % in linear layers, {share['attention']:.1f} % in attention"
+        f" ({share['padded']:.1f} % if every history were padded to {settings.model.max_length})"
+    )
+    job = _Job(dataset, data_path, train, accelerator, devices, progress, report)
+    if settings.model.model == "sasrec":
+        return job.stage(settings.model, out, train.pretrain, "pretrain", out)
+    if (out / BASELINE / RUN_FILE).is_file():
+        report("stage 1 is finished, using its item table")
+        baseline = load_run(out / BASELINE)
+    else:
+        report("stage 1 of 3: pre-train the item table (SASRec+)")
+        body = settings.model.baseline(train.pretrain_positions)
+        baseline = job.stage(body, out / BASELINE, train.pretrain, "pretrain", out)
+    report(f"stages 2 and 3: warm up {train.warmup_epochs} epochs with the table frozen, then train everything")
+    return job.stage(
+        settings.model, out, train.main, "main", out, table=baseline.model.table.detach(), frozen=train.warmup_epochs
+    )
+
+
+class _Job:
+    def __init__(
+        self,
+        dataset: Dataset,
+        data_path: str,
+        train: TrainConfig,
+        accelerator: str,
+        devices: int | str,
+        progress: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.dataset, self.data_path, self.train = dataset, data_path, train
+        self.accelerator, self.devices = accelerator, devices
+        self.progress, self.report = progress, report
+
+    def stage(
+        self,
+        config: ModelConfig,
+        target: Path,
+        optimiser: OptimiserConfig,
+        name: str,
+        out: Path,
+        *,
+        table: torch.Tensor | None = None,
+        frozen: int = 0,
+    ) -> Run:
+        """Train one model to early stopping, keep its best validation weights and write the run ``target``."""
+        torch.manual_seed(derive_seed(self.train.seed, name, "weights"))
+        model = build_model(config)
+        if table is not None and isinstance(model, ADRec):
+            model.load_table(table)
+        module = StageModule(model, self.dataset, self.train, optimiser, name, frozen_epochs=frozen)
+        folder = out / CHECKPOINTS / name
+        best = ModelCheckpoint(
+            folder, "best", monitor=MONITOR, mode="max", save_weights_only=True, enable_version_counter=False
+        )
+        last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        times = _EpochTimes()
+        callbacks: list[Callback] = [
+            best,
+            last,
+            times,
+            EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False),
+        ]
+        if self.progress:
+            callbacks.append(RichProgressBar())
+        trainer = self._trainer(optimiser, callbacks, out / LOGS, name)
+        resumed = folder / "last.ckpt"
+        with warnings.catch_warnings():
+            _quiet_lightning()
+            trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
+        if not best.best_model_path:
+            raise RunError(
+                f"{name}: no validation was run in {optimiser.epochs} epochs;"
+                f" set validate_every ({optimiser.validate_every}) to at most epochs"
+            )
+        weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+        seconds = sorted(times.seconds)
+        metrics = {
+            "validation": {MONITOR.removeprefix("val_"): float(best.best_model_score or 0.0)},
+            "epochs": trainer.current_epoch,
+            "epoch_seconds_median": seconds[len(seconds) // 2] if seconds else None,
+        }
+        if trainer.is_global_zero:
+            settings = RunConfig(model=config, train=self.train)
+            save_run(target, settings, model, self.dataset, self.data_path, metrics)
+        trainer.strategy.barrier()
+        self.report(
+            f"{config.model}: best validation NDCG@20 {metrics['validation']['NDCG@20']:.2f} % in"  # type: ignore[index]
+            f" {trainer.current_epoch} epochs -> {target / WEIGHTS}"
+        )
+        return load_run(target)
+
+    def _trainer(
+        self, optimiser: OptimiserConfig, callbacks: list[Callback], logs: Path, name: str
+    ) -> lightning.Trainer:
+        return lightning.Trainer(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            precision=self.train.precision,
+            max_epochs=optimiser.epochs,
+            check_val_every_n_epoch=min(optimiser.validate_every, optimiser.epochs),
+            num_sanity_val_steps=0,
+            callbacks=callbacks,
+            logger=[
+                CSVLogger(logs, name="csv", version=name),
+                TensorBoardLogger(logs, name="tensorboard", version=name),
+            ],
+            use_distributed_sampler=False,
+            reload_dataloaders_every_n_epochs=1,
+            enable_model_summary=False,
+            enable_progress_bar=self.progress,
+            log_every_n_steps=1,
+        )
+
+
+def _check(dataset: Dataset, out: Path, settings: RunConfig, resume: bool) -> None:
+    if settings.model.items != dataset.item_count:
+        raise ConfigError(
+            f"model.items is {settings.model.items}, but data set '{dataset.name}' has {dataset.item_count} items"
+        )
+    if (out / RUN_FILE).is_file():
+        raise RunError(f"{out}: already a finished run; choose another --out or remove the folder")
+    if out.exists() and any(out.iterdir()) and not resume:
+        raise RunError(
+            f"{out}: exists and is not empty; continue an interrupted run with --resume or choose another --out"
+        )
+    if len(dataset.examples("validation")) == 0:
+        raise DataError(f"data set '{dataset.name}' has no validation example; early stopping needs 1 or more")
+    if int((dataset.training_sequences().lengths >= 2).sum()) == 0:
+        raise DataError(f"data set '{dataset.name}' has no user with 2 training interactions or more")
+
+
+def _claim(out: Path, settings: RunConfig, fingerprint: str) -> None:
+    """Note in ``out`` what is being trained, or raise ConfigError when something else was being trained there."""
+    wanted = {"dataset_fingerprint": fingerprint, **settings.model_dump(mode="json")}
+    note = out / JOB
+    if not note.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(note, yaml.safe_dump(wanted, sort_keys=False))
+        return
+    found = load_yaml(note)
+    differing = sorted(_flat(wanted).items() ^ _flat(found).items())
+    if differing:
+        keys = ", ".join(dict.fromkeys(key for key, _ in differing))
+        raise ConfigError(
+            f"{out}: was being trained with other settings ({keys}); keep those in {JOB}, or choose another --out"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": repr(value)}
+    return flat
+
+
+def _quiet_lightning() -> None:
+    for message in (".*does not have many workers.*", ".*is not an instance of.*", ".*Checkpoint directory.*exists.*"):
+        warnings.filterwarnings("ignore", message)

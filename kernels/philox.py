@@ -1,0 +1,88 @@
+"""Counter-based Gaussian noise: ``n(seed, offset)`` by Philox-4x32-10 and Box-Muller, in pure torch.
+
+The numbers are those of Triton's ``tl.randn(seed, offset)`` to 5e-7 (logarithm and cosine differ in the last bit).
+Counter: (offset low, offset high, 0, 0). Key: (seed low, seed high). Source: Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3" (SC 2011).
+
+The noise contract: the offset of an element is made of the user's row key, the draw and the dimension, never of the
+position in a batch. A user's noise, and so a user's recommendations, do not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DIMENSION_BITS = 12
+DRAW_BITS = 12
+ROW_KEY_BITS = 63 - DRAW_BITS - DIMENSION_BITS
+ROW_KEYS = 1 << ROW_KEY_BITS
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_A = 0xD2511F53
+_MULTIPLIER_B = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_ROUNDS = 10
+_UNIFORM_SCALE = 4.6566127342e-10
+# Elements worked on at a time: the eight int64 work arrays of a chunk then stay in a core's second-level cache.
+_CHUNK = 1 << 15
+
+
+def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
+    """Return the counter offsets ``key * 2^24 + draw * 2^12 + dimension`` of one draw.
+
+    row_keys: `[B]` int64 in ``[0, 2^39)``. draw: 0 for the starting noise x_T, then 1, 2, ... for the reverse steps.
+    width: D, at most 4096. Returns `[B, width]` int64. Raises ValueError outside those ranges.
+    """
+    if not 0 <= draw < 1 << DRAW_BITS:
+        raise ValueError(f"draw is {draw}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
+    if not 0 < width <= 1 << DIMENSION_BITS:
+        raise ValueError(f"width is {width}; allowed: 1 to {1 << DIMENSION_BITS}")
+    if row_keys.numel() and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS:
+        raise ValueError(f"row keys span {int(row_keys.min())} to {int(row_keys.max())}; allowed: 0 to 2^39 - 1")
+    base = (row_keys << (DRAW_BITS + DIMENSION_BITS)) + (draw << DIMENSION_BITS)
+    return base[:, None] + torch.arange(width, device=row_keys.device)
+
+
+def philox(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first two of the four 32-bit words of Philox-4x32-10.
+
+    seed: 64-bit key. offset: int64 counters of any shape. Returns two int64 tensors of that shape holding values in
+    ``[0, 2^32)``.
+    """
+    c0, c1 = offset & _MASK, (offset >> 32) & _MASK
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # A product of two 32-bit words wraps around in int64; its bits are right, and the mask undoes the sign.
+        product_b, product_a = c2 * _MULTIPLIER_B, c0 * _MULTIPLIER_A
+        c0 = (product_b >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (product_a >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product_b.bitwise_and_(_MASK), product_a.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return c0, c1
+
+
+def randn(seed: int, offset: Tensor) -> Tensor:
+    """Return standard normals ``sqrt(-2 ln max(1e-7, u0)) cos(2 pi u1)``, float32, one for each int64 offset."""
+    out = torch.empty(offset.shape, dtype=torch.float32, device=offset.device)
+    flat, source = out.view(-1), offset.reshape(-1)
+    for first in range(0, source.numel(), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        word0, word1 = philox(seed, source[part])
+        radius = _uniform(word0).clamp_(min=1e-7).log_().mul_(-2.0).sqrt_()
+        flat[part] = _uniform(word1).mul_(2.0 * math.pi).cos_().mul_(radius)
+    return out
+
+
+def row_noise(seed: int, row_keys: Tensor, draw: int, width: int) -> Tensor:
+    """Return the noise of one draw, `[B, width]` float32; see `offsets` for the arguments."""
+    return randn(seed, offsets(row_keys, draw, width))
+
+
+def _uniform(word: Tensor) -> Tensor:
+    # Triton reads the word as a signed int32 and maps a negative x to -x - 1.
+    return torch.where(word > 0x7FFFFFFF, _MASK - word, word).to(torch.float32).mul_(_UNIFORM_SCALE)

@@ -1,0 +1,69 @@
+"""Packaging of adrec: metadata, extras and entry points. Tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+ROOMS = ("adrec", "kernels", "compress", "bench")
+
+EXTRAS = {
+    "png": ["matplotlib>=3.8"],
+    "onnx": ["onnx>=1.17"],
+    "dev": [
+        "hypothesis>=6.100",
+        "matplotlib>=3.8",
+        "mypy>=1.13",
+        "pre-commit>=3.7",
+        "pytest>=8.2",
+        "pytest-benchmark>=4.0",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.8",
+        "types-PyYAML>=6.0",
+    ],
+}
+
+setup(
+    name="adrec",
+    version=VERSION,
+    description="Inference optimisation for diffusion-based sequential recommendation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]),
+    package_data={room: ["py.typed", "*.html"] for room in ROOMS},
+    install_requires=[
+        "lightning>=2.6",
+        "numpy>=1.26",
+        "plotly>=5.24",
+        "polars>=2.0",
+        "pyarrow>=17",
+        "pydantic>=2.8",
+        "pyyaml>=6.0",
+        "rich>=13.7",
+        "safetensors>=0.4.5",
+        "tensorboardX>=2.6",
+        "torch>=2.11",
+        "typer>=0.15",
+    ],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": ["adrec = adrec.cli:main"],
+        # Each entry is a function that adds its commands to the root Typer application, so that the
+        # `adrec` package never imports `compress` or `bench`.
+        "adrec.commands": [
+            "adrec = adrec.commands:register",
+            "bench = bench.cli:register",
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
