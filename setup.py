@@ -58,6 +58,7 @@ setup(
         "adrec.commands": [
             "adrec = adrec.commands:register",
             "bench = bench.cli:register",
+            "demo = bench.demo:register",
         ],
     },
     classifiers=[

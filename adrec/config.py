@@ -91,7 +91,7 @@ class TrainConfig(StrictModel):
     pcgrad: bool = Field(False, description="project conflicting gradients of the two losses")
     loss_scale: float = Field(1.0, ge=0.0, description="weight of the reconstruction loss")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    logits_budget: int = Field(2**24, ge=1, description="logits held at a time by the chunked cross-entropy, elements")
+    logits_budget: int = Field(2**20, ge=1, description="logits held at a time by the chunked cross-entropy, elements")
 
 
 class RunConfig(StrictModel):

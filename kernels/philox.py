@@ -84,5 +84,6 @@ def row_noise(seed: int, row_keys: Tensor, draw: int, width: int) -> Tensor:
 
 
 def _uniform(word: Tensor) -> Tensor:
-    # Triton reads the word as a signed int32 and maps a negative x to -x - 1.
-    return torch.where(word > 0x7FFFFFFF, _MASK - word, word).to(torch.float32).mul_(_UNIFORM_SCALE)
+    # Triton reads the word as a signed int32 and maps a negative x to -x - 1, which is its complement.
+    signed = word.to(torch.int32)
+    return (signed ^ (signed >> 31)).to(torch.float32).mul_(_UNIFORM_SCALE)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adrec.config import ModelConfig
 from adrec.data.jagged import Jagged
+from adrec.models.dropout import dropout
 from adrec.models.layers import NORM_EPSILON, CausalTransformer, LayerNorm, Pads
 from adrec.models.layout import Layout
 
@@ -87,7 +87,7 @@ class SequenceModel(nn.Module):
         if self.position_embedding is not None:
             place = layout.positions + (self.config.max_length - layout.lengths).repeat_interleave(layout.lengths)
             rows = rows + self.position_embedding(place)
-        tokens = self.history_norm(F.dropout(rows, self.config.embedding_dropout, self.training))
+        tokens = self.history_norm(dropout(rows, self.config.embedding_dropout, self.training))
         return tokens, self.pads(layout.lengths)
 
     def pads(self, lengths: Tensor) -> Pads | None:

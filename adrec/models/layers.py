@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adrec.models.dropout import dropout
 from adrec.models.layout import Group, Layout
 
 NORM_EPSILON = 1e-12
@@ -82,14 +83,14 @@ class Attention(nn.Module):
         future = torch.ones(group.length, group.length, dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
         if pads_qkv is None or bias is None:
-            weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+            weights = dropout(scores.softmax(-1), self.dropout, self.training)
             return group.pack((weights @ value).transpose(1, 2).flatten(2))
         own = pads_qkv if pads_qkv.shape[0] == 1 else pads_qkv[group.users]
         pad_key, pad_value = own[:, :, 1].transpose(1, 2), own[:, :, 2].transpose(1, 2)
         pad_scores = query @ pad_key.transpose(-1, -2) * self.scale + bias[:, None, None, :]
         weights = torch.cat([pad_scores, scores], -1).softmax(-1)
         pad_weights, weights = weights.split([pad_scores.shape[-1], group.length], -1)
-        weights = F.dropout(weights, self.dropout, self.training)
+        weights = dropout(weights, self.dropout, self.training)
         return group.pack((pad_weights @ pad_value + weights @ value).transpose(1, 2).flatten(2))
 
 
@@ -110,9 +111,9 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.dropout = dropout
 
-    def forward(self, rows: Tensor, dropout: bool = True) -> Tensor:
+    def forward(self, rows: Tensor, noisy: bool = True) -> Tensor:
         hidden = F.gelu(self.up(rows), approximate="tanh")
-        return self.down(F.dropout(hidden, self.dropout, self.training and dropout))
+        return self.down(dropout(hidden, self.dropout, self.training and noisy))
 
 
 class Block(nn.Module):
@@ -131,13 +132,13 @@ class Block(nn.Module):
         tokens = self.finish(tokens, mixed)
         if pads is None or pads_mixed is None:
             return tokens, None
-        return tokens, pads.replace(self.finish(pads.hidden, pads_mixed, dropout=False))
+        return tokens, pads.replace(self.finish(pads.hidden, pads_mixed, noisy=False))
 
-    def finish(self, rows: Tensor, mixed: Tensor, dropout: bool = True) -> Tensor:
+    def finish(self, rows: Tensor, mixed: Tensor, noisy: bool = True) -> Tensor:
         """Everything after attention, row by row: residual, norm, feed-forward, residual, norm."""
-        active = self.training and dropout
-        rows = self.attention_norm(rows + F.dropout(mixed, self.dropout, active))
-        return self.feed_forward_norm(rows + F.dropout(self.feed_forward(rows, dropout), self.dropout, active))
+        active = self.training and noisy
+        rows = self.attention_norm(rows + dropout(mixed, self.dropout, active))
+        return self.feed_forward_norm(rows + dropout(self.feed_forward(rows, noisy), self.dropout, active))
 
 
 class CausalTransformer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,15 @@ from adrec.training.batches import derive_seed, useful_tokens
 from adrec.training.module import MONITOR, StageModule
 
 CHECKPOINTS, LOGS, JOB = "checkpoints", "logs", "job.yaml"
+
+
+class _Progress(RichProgressBar):
+    """Loss and validation NDCG@20, without the logger's version name."""
+
+    def get_metrics(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        metrics = super().get_metrics(*arguments, **options)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class _EpochTimes(Callback):
@@ -133,11 +143,11 @@ class _Job:
             EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False),
         ]
         if self.progress:
-            callbacks.append(RichProgressBar())
-        trainer = self._trainer(optimiser, callbacks, out / LOGS, name)
+            callbacks.append(_Progress())
         resumed = folder / "last.ckpt"
         with warnings.catch_warnings():
             _quiet_lightning()
+            trainer = self._trainer(optimiser, callbacks, out / LOGS, name)
             trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
         if not best.best_model_path:
             raise RunError(
@@ -227,5 +237,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _quiet_lightning() -> None:
-    for message in (".*does not have many workers.*", ".*is not an instance of.*", ".*Checkpoint directory.*exists.*"):
+    # Its notes about accelerators and its advertisements say nothing that the milestones do not.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*is not an instance of.*",
+        ".*Checkpoint directory.*exists.*",
+    ):
         warnings.filterwarnings("ignore", message)

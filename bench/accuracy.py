@@ -1,0 +1,110 @@
+"""Accuracy of a step count, measured once per seed, and its agreement with the exact result."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adrec.data.dataset import Examples
+from adrec.engines import Engine
+from adrec.evaluation import Evaluation, evaluate, top_overlap
+from bench.record import Accuracy, Estimate
+
+RESULTS = 20
+RESAMPLES = 1000
+AGREEMENT_USERS = 128
+
+
+class AccuracyBook:
+    """Evaluates one engine on one set of examples, at most once for every (steps, seed).
+
+    ``exact_steps`` is the step count that the model was trained with: the reference of every overlap, and
+    of the share of the accuracy that fewer steps keep. `None` for a model without steps.
+    """
+
+    def __init__(self, engine: Engine, examples: Examples, exact_steps: int | None) -> None:
+        self.engine = engine
+        self.examples = examples
+        self.exact_steps = exact_steps
+        self._found: dict[tuple[int | None, int], Evaluation] = {}
+        # A fixed sample: every engine and step count is compared on the same users.
+        users = len(examples.histories)
+        picked = np.random.default_rng(0).permutation(users)[:AGREEMENT_USERS]
+        self._sample = torch.from_numpy(np.sort(picked))
+
+    def evaluation(self, steps: int | None, seed: int) -> Evaluation:
+        """Return the evaluation at ``steps`` and ``seed``, measuring it on the first request."""
+        key = (steps, seed)
+        if key not in self._found:
+            self._found[key] = evaluate(self.engine, self.examples, steps=steps, seed=seed, bootstrap=RESAMPLES)
+        return self._found[key]
+
+    def exact_name(self, seed: int) -> str:
+        """Describe the result that the overlaps refer to."""
+        return f"{self.engine.name}, {self.exact_steps} steps, seed {seed}, {len(self.examples.histories)} users"
+
+    def accuracy(self, steps: int | None, seed: int, engine: Engine, exact: AccuracyBook) -> Accuracy:
+        """Return the accuracy at ``steps`` as measured here, and how far ``engine`` agrees with it.
+
+        ``exact`` is the book whose evaluation at its exact step count the top-20 overlap refers to.
+        """
+        measured = self.evaluation(steps, seed)
+        best = exact.evaluation(exact.exact_steps, seed)
+        agreement = self._agreement(steps, seed, engine)
+        return Accuracy(
+            metrics_percent=estimates(measured),
+            users=measured.users,
+            measured_with=self.engine.name,
+            ndcg20_kept_percent=kept_percent(measured.ranks, best.ranks) if exact is self else None,
+            top20_overlap_fraction=float(top_overlap(measured.top_items, best.top_items).mean()),
+            top20_overlap_against=exact.exact_name(seed),
+            engine_agreement_fraction=agreement,
+            engine_agreement_users=0 if agreement is None else len(self._sample),
+        )
+
+    def _agreement(self, steps: int | None, seed: int, engine: Engine) -> float | None:
+        if engine is self.engine:
+            return None
+        histories = self.examples.histories.select(self._sample)
+        keys = self.examples.users[self._sample]
+        count = min(RESULTS, self.engine.model.config.items)
+        here, there = (
+            each.recommend(histories, k=count, steps=steps, seed=seed, row_keys=keys).items.cpu()
+            for each in (self.engine, engine)
+        )
+        return float(top_overlap(here, there).mean())
+
+
+def estimates(evaluation: Evaluation) -> dict[str, Estimate]:
+    """Return every metric of an evaluation, in percent, with its interval."""
+    return {
+        name: Estimate(value=metric.value, low=metric.low, high=metric.high)
+        for name, metric in evaluation.metrics.items()
+    }
+
+
+def ndcg_gains(ranks: Tensor, cutoff: int = RESULTS) -> Tensor:
+    """Return ``1 / log2(rank + 2)`` below the cutoff, else 0; ranks `[n]` int64 from 0 -> float64."""
+    gains = 1.0 / torch.log2(ranks.to(torch.float64) + 2.0)
+    return torch.where(ranks < cutoff, gains, torch.zeros_like(gains))
+
+
+def kept_percent(ranks: Tensor, exact_ranks: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate | None:
+    """Return NDCG@20 in percent of the exact NDCG@20, with a paired bootstrap 95 % interval over users.
+
+    Both are `[n]` int64 ranks from 0 of the same users. `None` when the exact NDCG@20 is zero, and so no
+    ratio exists.
+    """
+    here, exact = ndcg_gains(ranks).cpu().numpy(), ndcg_gains(exact_ranks).cpu().numpy()
+    if exact.sum() == 0.0:
+        return None
+    generator = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(resamples):
+        picks = generator.integers(0, len(here), len(here))
+        below = exact[picks].sum()
+        if below > 0.0:
+            ratios.append(100.0 * here[picks].sum() / below)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return Estimate(value=100.0 * float(here.sum() / exact.sum()), low=float(low), high=float(high))

@@ -1,0 +1,125 @@
+"""One setting of a sweep, and the measurement of all settings of one batch size against each other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from adrec.data.jagged import Jagged
+from adrec.engines import Engine
+from bench.memory import peak_memory_mib
+from bench.record import Estimate, TimingSummary
+from bench.timing import (
+    Call,
+    Clock,
+    Report,
+    Series,
+    TimingProtocol,
+    describe_error,
+    measure_interleaved,
+    paired_ratio,
+    quantiles_ms,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting to measure; ``steps`` is `None` for a model without steps."""
+
+    model: str
+    engine: str
+    steps: int | None
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """The setting in words, unique within a sweep."""
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        return f"{self.model}, {self.engine}{steps}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class GroupTimer:
+    """Times the cells of one batch size, interleaved, on the same batches of real histories.
+
+    ``engine`` finds a cell's engine and may raise: the cell then fails alone. ``longest`` is the history
+    length in items beyond which the model reads nothing; ``results`` is k.
+    """
+
+    engine: Callable[[Cell], Engine]
+    protocol: TimingProtocol
+    clock: Clock
+    device: torch.device
+    seed: int
+    longest: int
+    results: int
+
+    def measure(
+        self, cells: Sequence[Cell], baseline: Cell, batches: Sequence[Jagged], progress: Report
+    ) -> dict[Cell, TimingSummary | str]:
+        """Return the summary of each cell, or the error that it ended with."""
+        calls: dict[str, Call] = {cell.name: partial(self._call, cell, batches) for cell in cells}
+        memory: dict[str, tuple[float | None, str]] = {}
+        errors: dict[str, str] = {}
+        called: dict[str, float] = {}
+        for name, call in calls.items():
+            # The stage has begun, though its warm-up is not part of the time that it is expected to take.
+            progress(1e-9, len(cells) * self.protocol.seconds)
+            started = time.perf_counter()
+            try:
+                memory[name] = peak_memory_mib(partial(call, 0), self.device)
+            except Exception as error:
+                errors[name] = describe_error(error)
+            called[name] = time.perf_counter() - started
+        working = {name: call for name, call in calls.items() if name not in errors}
+        series = measure_interleaved(working, self.protocol, self.clock, progress, called)
+        errors |= {name: each.error for name, each in series.items() if each.error is not None}
+        tokens = sum(int(batch.lengths.clamp(max=self.longest).sum()) for batch in batches) / len(batches)
+        return {
+            cell: errors[cell.name]
+            if cell.name in errors
+            else self._summary(cell, series, baseline, tokens, memory[cell.name])
+            for cell in cells
+        }
+
+    def _call(self, cell: Cell, batches: Sequence[Jagged], number: int) -> object:
+        batch = batches[number % len(batches)]
+        return self.engine(cell).recommend(batch, k=self.results, steps=cell.steps, seed=self.seed)
+
+    def _summary(
+        self,
+        cell: Cell,
+        series: dict[str, Series],
+        baseline: Cell,
+        tokens: float,
+        memory: tuple[float | None, str],
+    ) -> TimingSummary:
+        own = series[cell.name]
+        p50, p95, p99 = quantiles_ms(own.samples_ms)
+        return TimingSummary(
+            latency_ms_p50=p50,
+            latency_ms_p95=p95,
+            latency_ms_p99=p99,
+            round_medians_ms=[round(float(each), 6) for each in own.medians_ms],
+            calls=len(own.samples_ms),
+            rounds=len(own.rounds_ms),
+            throughput_users_per_second=1e3 * cell.batch_size / p50,
+            time_ratio_to_baseline=_ratio(own, series.get(baseline.name)),
+            baseline_engine=baseline.engine,
+            baseline_steps=baseline.steps or 0,
+            history_tokens_per_batch_mean=tokens,
+            peak_memory_mib=memory[0],
+            peak_memory_meaning=memory[1],
+            seed=self.seed,
+        )
+
+
+def _ratio(own: Series, baseline: Series | None) -> Estimate | None:
+    if baseline is None or baseline.error is not None:
+        return None
+    value, low, high = paired_ratio(own.medians_ms, baseline.medians_ms)
+    return Estimate(value=value, low=low, high=high)

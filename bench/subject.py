@@ -1,0 +1,88 @@
+"""What a sweep measures: the run, its stage-1 baseline, and real histories drawn from its data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from adrec.checkpoint import Run, load_run
+from adrec.data.dataset import Dataset, Examples
+from adrec.data.jagged import Jagged
+from adrec.errors import ConfigError, DataError, RunError
+
+Split = Literal["validation", "test"]
+MOST_BATCHES = 256
+MOST_BATCH_USERS = 4096
+
+
+@dataclass
+class Subject:
+    """A run with its data; ``notices`` are sentences for the user about what is not as it might seem."""
+
+    run: Run
+    baseline: Run | None
+    dataset: Dataset
+    examples: Examples
+    split: Split
+    notices: list[str] = field(default_factory=list)
+
+
+def load_subject(run_path: Path, data: Path | None, split: Split, users: int | None) -> Subject:
+    """Load a run and a split of its data; ``users`` limits the evaluated users to a fixed random sample.
+
+    Raises RunError when ``data`` is `None` and the path that the run stores is not there, and DataError for a
+    data set that does not fit the run or has no example in the split.
+    """
+    run = load_run(run_path)
+    notices = []
+    if data is None and not (run.data_path and Path(run.data_path).exists()):
+        raise RunError(
+            f"{run_path}: the run was trained on {run.data_path!r}, which is not there now; give the folder "
+            "of the data set with --data"
+        )
+    dataset = Dataset.load(data or Path(run.data_path))
+    if dataset.fingerprint != run.dataset_fingerprint:
+        notices.append(
+            f"the data set's fingerprint {dataset.fingerprint[:12]} is not {run.dataset_fingerprint[:12]}, "
+            "which the run was trained on: the accuracy figures are for other data"
+        )
+    if dataset.item_count != run.config.items:
+        raise DataError(
+            f"{dataset.name}: the data set has {dataset.item_count} items, the run {run.config.items}; give "
+            "the data set that the run was trained on with --data"
+        )
+    examples = dataset.examples(split)
+    total = len(examples.histories)
+    if total == 0:
+        raise DataError(f"{dataset.name}: no user has a target in the {split} split; choose the other --split")
+    if users is not None and users < 1:
+        raise ConfigError(f"--users {users}: at least 1 user is needed; leave it out to evaluate all {total}")
+    if users is not None and users < total:
+        examples = sample_examples(examples, users)
+        notices.append(f"accuracy is measured on a fixed random sample of {users} of {total} users")
+    return Subject(run, run.baseline(), dataset, examples, split, notices)
+
+
+def sample_examples(examples: Examples, users: int, seed: int = 0) -> Examples:
+    """Return a fixed random sample of ``users`` examples, in their original order."""
+    picked = np.random.default_rng(seed).permutation(len(examples.histories))[:users]
+    rows = torch.from_numpy(np.sort(picked))
+    return Examples(examples.histories.select(rows), examples.targets[rows], examples.users[rows])
+
+
+def draw_batches(histories: Jagged, batch_size: int, seed: int = 0) -> list[Jagged]:
+    """Draw batches of ``batch_size`` real histories, so that the distribution of lengths is that of the data.
+
+    The number of batches falls with their size, from 256 to 8. A batch larger than the data repeats users.
+    """
+    users = len(histories)
+    count = max(8, min(MOST_BATCHES, MOST_BATCH_USERS // batch_size))
+    generator = np.random.default_rng(seed)
+    return [
+        histories.select(torch.from_numpy(generator.choice(users, batch_size, replace=batch_size > users)))
+        for _ in range(count)
+    ]

@@ -1,0 +1,202 @@
+"""A sweep in progress: engines, accuracy measured so far, and the rows as they complete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+
+import torch
+
+from adrec.engines import Engine, make_engine
+from adrec.evaluation import popularity_evaluation, top_overlap
+from adrec.models.base import SequenceModel
+from bench.accuracy import RESULTS, AccuracyBook, estimates
+from bench.cells import Cell, GroupTimer
+from bench.environment import Environment, read_environment
+from bench.plan import Plan
+from bench.progress import SweepProgress
+from bench.record import (
+    BASELINE_MODEL,
+    POPULARITY,
+    Accuracy,
+    MeasuringProtocol,
+    TimingSummary,
+    TradeoffRecord,
+)
+from bench.subject import Subject, draw_batches
+from bench.timing import Clock, TimingProtocol, clock_for, describe_error
+
+ACCURACY_STAGE = "accuracy"
+
+AccuracyKey = tuple[str, str, int | None, int]
+"""Model, engine, steps, seed."""
+
+
+@dataclass
+class Sweep:
+    """Measures a subject by a plan; ``rows`` yields every record once."""
+
+    subject: Subject
+    plan: Plan
+    protocol: TimingProtocol
+    device: torch.device
+    command: str
+    progress: SweepProgress
+    _books: dict[str, AccuracyBook] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._clock: Clock = clock_for(self.device)
+        self._environment: Environment = read_environment()
+        self._model: str = self.subject.run.config.model
+        self._results = min(RESULTS, self.subject.run.config.items)
+        self._engines: dict[tuple[str, str], Engine | str] = {}
+        for name in dict.fromkeys((*self.plan.engines, self.plan.accuracy_engine)):
+            self._engines[self._model, name] = self._make(name, self.subject.run.model)
+        if self.subject.baseline is not None:
+            name = self.plan.accuracy_engine
+            self._engines[BASELINE_MODEL, name] = self._make(name, self.subject.baseline.model)
+
+    def rows(self) -> Iterator[TradeoffRecord]:
+        """Measure accuracy, then one group of cells a batch size; yield each row when it is complete."""
+        for size in self.plan.batch_sizes:
+            self.progress.update(_stage(size), 0.0, len(self._cells(size)) * self.protocol.seconds)
+        accuracies = self._accuracies()
+        yield self._popularity_row()
+        timer = GroupTimer(
+            engine=lambda cell: self._engine(cell.model, cell.engine),
+            protocol=self.protocol,
+            clock=self._clock,
+            device=self.device,
+            seed=self.plan.seeds[0],
+            longest=self.subject.run.config.max_length,
+            results=self._results,
+        )
+        for size in self.plan.batch_sizes:
+            batches = draw_batches(self.subject.examples.histories, size)
+            baseline = Cell(self._model, self.plan.baseline_engine, self.plan.exact_steps, size)
+            report = partial(self.progress.update, _stage(size))
+            for cell, timing in timer.measure(self._cells(size), baseline, batches, report).items():
+                # A model without steps draws no noise, so that its rows do not depend on the seed.
+                for seed in self.plan.seeds if cell.steps is not None else self.plan.seeds[:1]:
+                    yield self._row(cell, seed, timing, accuracies[_key(cell, seed)], len(batches))
+
+    def _cells(self, size: int) -> list[Cell]:
+        cells = [Cell(self._model, engine, steps, size) for engine in self.plan.engines for steps in self.plan.steps]
+        if self.subject.baseline is not None:
+            cells.append(Cell(BASELINE_MODEL, self.plan.accuracy_engine, None, size))
+        return cells
+
+    def _accuracies(self) -> dict[AccuracyKey, Accuracy | str]:
+        # The exact step count comes first: every other row is compared with it.
+        cells = sorted(self._cells(0), key=lambda cell: -(cell.steps or 0))
+        keys = [_key(cell, seed) for cell in cells for seed in self.plan.seeds]
+        found: dict[AccuracyKey, Accuracy | str] = {}
+        started = time.perf_counter()
+        self.progress.update(ACCURACY_STAGE, 0.0, len(keys) * self.protocol.seconds)
+        for done, key in enumerate(keys, 1):
+            model, engine, steps, seed = key
+            try:
+                found[key] = self._book(model).accuracy(
+                    steps, seed, self._engine(model, engine), self._book(self._model)
+                )
+            except Exception as error:
+                found[key] = f"accuracy: {describe_error(error)}"
+            seconds = time.perf_counter() - started
+            self.progress.update(ACCURACY_STAGE, seconds, seconds * len(keys) / done)
+        return found
+
+    def _book(self, model: str) -> AccuracyBook:
+        if model not in self._books:
+            exact_steps = self.plan.exact_steps if model == self._model else None
+            engine = self._engine(model, self.plan.accuracy_engine)
+            self._books[model] = AccuracyBook(engine, self.subject.examples, exact_steps)
+        return self._books[model]
+
+    def _make(self, name: str, model: SequenceModel) -> Engine | str:
+        try:
+            return make_engine(name, model.eval().to(self.device))
+        except Exception as error:
+            return describe_error(error)
+
+    def _engine(self, model: str, name: str) -> Engine:
+        engine = self._engines[model, name]
+        if isinstance(engine, str):
+            raise RuntimeError(f"engine {name!r} could not be made: {engine}")
+        return engine
+
+    def _popularity_row(self) -> TradeoffRecord:
+        cell = Cell(POPULARITY, "", None, 0)
+        try:
+            found = popularity_evaluation(self.subject.dataset.item_counts(), self.subject.examples)
+            exact = self._book(self._model).evaluation(self.plan.exact_steps, self.plan.seeds[0])
+            accuracy: Accuracy | str = Accuracy(
+                metrics_percent=estimates(found),
+                users=found.users,
+                measured_with=POPULARITY,
+                ndcg20_kept_percent=None,
+                top20_overlap_fraction=float(top_overlap(found.top_items, exact.top_items).mean()),
+                top20_overlap_against=self._book(self._model).exact_name(self.plan.seeds[0]),
+                engine_agreement_fraction=None,
+                engine_agreement_users=0,
+            )
+        except Exception as error:
+            accuracy = f"accuracy: {describe_error(error)}"
+        return self._row(cell, self.plan.seeds[0], None, accuracy, 0)
+
+    def _row(
+        self,
+        cell: Cell,
+        seed: int,
+        timing: TimingSummary | str | None,
+        accuracy: Accuracy | str,
+        distinct_batches: int,
+    ) -> TradeoffRecord:
+        problems = [each for each in (timing, accuracy) if isinstance(each, str)]
+        protocol, subject = self.protocol, self.subject
+        measured = timing if isinstance(timing, TimingSummary) else None
+        slow = measured is not None and measured.rounds < protocol.rounds
+        run = subject.baseline if cell.model == BASELINE_MODEL and subject.baseline else subject.run
+        return TradeoffRecord(
+            measured_at_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=cell.model,
+            engine=cell.engine or None,
+            steps=cell.steps,
+            exact_steps=self.plan.exact_steps,
+            batch_size_users=cell.batch_size or None,
+            seed=seed,
+            precision=str(next(run.model.parameters()).dtype).removeprefix("torch."),
+            split=subject.split,
+            timing=measured,
+            accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
+            error="; ".join(problems) or None,
+            protocol=MeasuringProtocol(
+                clock=self._clock.name,
+                interleaved=True,
+                seconds_per_cell=protocol.seconds,
+                rounds_minimum=protocol.rounds_slow if slow else protocol.rounds,
+                warmup_calls=protocol.warmup_calls,
+                threads=self._environment.machine.threads,
+                device=str(self.device),
+                distinct_batches=distinct_batches,
+                results_per_user=self._results,
+            ),
+            dataset_name=subject.dataset.name,
+            dataset_fingerprint=subject.dataset.fingerprint,
+            dataset_users=len(subject.examples.histories),
+            dataset_items=subject.dataset.item_count,
+            model_fingerprint=run.fingerprint if cell.model != POPULARITY else subject.dataset.fingerprint,
+            run_fingerprint=subject.run.fingerprint,
+            environment=self._environment,
+            command=self.command,
+        )
+
+
+def _stage(size: int) -> str:
+    return f"latency, batch {size}"
+
+
+def _key(cell: Cell, seed: int) -> AccuracyKey:
+    return (cell.model, cell.engine, cell.steps, seed)

@@ -1,0 +1,171 @@
+"""The sweep on a tiny real run: every row has both sides, failures stay in their row, files are whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from adrec.engines import ENGINES, CachedEngine
+from adrec.errors import AdrecError, DataError, NotSupportedError, RunError
+from bench.cli import register
+from bench.record import TradeoffRecord, read_records
+from bench.subject import draw_batches, load_subject
+from bench.timing import TimingProtocol
+from bench.tradeoff import run_tradeoff
+
+
+class BreaksAtTwo(CachedEngine):
+    """An engine that refuses two steps."""
+
+    name = "breaks"
+
+    def represent(self, histories: Any, steps: int | None = None, *rest: Any, **more: Any) -> torch.Tensor:
+        if steps == 2:
+            raise RuntimeError("two steps are too many")
+        return super().represent(histories, steps, *rest, **more)
+
+
+def test_every_latency_row_carries_its_accuracy(tiny_records: list[TradeoffRecord]) -> None:
+    cells = [(row.model, row.engine, row.steps, row.batch_size_users) for row in tiny_records]
+    assert cells[0] == ("popularity", None, None, None)
+    assert len(cells) == len(set(cells)) == 1 + 2 * (2 * 2 + 1)
+    assert all(row.error is None and row.accuracy is not None for row in tiny_records)
+    assert all(row.timing is not None for row in tiny_records[1:])
+    assert tiny_records[0].timing is None
+
+
+def test_exact_rows_are_the_reference_of_all_others(tiny_records: list[TradeoffRecord]) -> None:
+    for row in tiny_records:
+        assert row.accuracy is not None
+        assert row.accuracy.users == 60
+        if row.steps == row.exact_steps:
+            assert row.accuracy.top20_overlap_fraction == 1.0
+            kept = row.accuracy.ndcg20_kept_percent
+            assert kept is not None
+            assert (kept.low, kept.high) == pytest.approx((100.0, 100.0))
+        if row.engine == "reference":
+            assert row.timing is not None
+            assert row.accuracy.measured_with == "cached"
+            assert row.accuracy.engine_agreement_fraction == pytest.approx(1.0, abs=0.02)
+            if row.steps == row.exact_steps:
+                ratio = row.timing.time_ratio_to_baseline
+                assert ratio is not None
+                assert (ratio.value, ratio.low, ratio.high) == (1.0, 1.0, 1.0)
+
+
+def test_batches_are_real_histories_and_repeatable(tiny_run: Path) -> None:
+    histories = load_subject(tiny_run, None, "test", None).examples.histories
+    first, again = draw_batches(histories, 8), draw_batches(histories, 8)
+    assert all(torch.equal(one.values, other.values) for one, other in zip(first, again, strict=True))
+    known = {tuple(histories[row].tolist()) for row in range(len(histories))}
+    assert {tuple(batch[row].tolist()) for batch in first for row in range(8)} <= known
+    assert [len(draw_batches(histories, size)) for size in (1, 32, 4096)] == [256, 128, 8]
+
+
+def test_a_failing_cell_keeps_its_error_and_the_sweep_goes_on(
+    tiny_run: Path, tiny_protocol: TimingProtocol, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(ENGINES, "breaks", BreaksAtTwo)
+    out = tmp_path / "rows.jsonl"
+    result = run_tradeoff(
+        tiny_run, engines=["cached", "breaks"], steps=[1, 2], batch_sizes=[4], protocol=tiny_protocol,
+        out=out, quiet=True, users=20,
+    )  # fmt: skip
+    assert [(row.engine, row.steps) for row in result.failed] == [("breaks", 2)]
+    assert "RuntimeError: two steps are too many" in str(result.failed[0].error)
+    assert result.failed[0].timing is None
+    assert read_records(out) == result.records
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert any("20 of 60 users" in notice for notice in result.notices)
+
+
+def test_an_interrupted_sweep_keeps_what_it_measured(
+    tiny_run: Path, tiny_protocol: TimingProtocol, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stop(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.cells.GroupTimer.measure", stop)
+    out = tmp_path / "rows.jsonl"
+    out.write_text("the earlier sweep\n")
+    with pytest.raises(KeyboardInterrupt):
+        run_tradeoff(tiny_run, steps=[1], protocol=tiny_protocol, out=out, quiet=True)
+    assert out.read_text() == "the earlier sweep\n"
+    assert [row.model for row in read_records(tmp_path / "rows.jsonl.partial")] == ["popularity"]
+
+
+def test_bad_input_is_refused_before_measuring(tiny_run: Path, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"device": "warp"}, "not a device"),
+        ({"threads": 0}, "--threads 0"),
+        ({"users": 0}, "--users 0"),
+        ({"protocol": TimingProtocol(seconds=0.0)}, "--seconds-per-cell 0.0"),
+        ({"steps": [5]}, "allowed are 1 to 4"),
+    ):
+        with pytest.raises(AdrecError, match=message):
+            run_tradeoff(tiny_run, quiet=True, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(NotSupportedError, match="no steps to trade"):
+        run_tradeoff(tiny_run / "baseline", quiet=True)
+    with pytest.raises(RunError):
+        run_tradeoff(tmp_path, quiet=True)
+
+
+def test_data_that_moved_or_differs(tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(tiny_run, copy)
+    info = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(info | {"data_path": str(tmp_path / "gone")}))
+    with pytest.raises(RunError, match="--data"):
+        load_subject(copy, None, "test", None)
+    data = tiny_run.parent / "data"
+    assert load_subject(copy, data, "test", None).notices == []
+    (copy / "run.json").write_text(json.dumps(info | {"dataset_fingerprint": "0" * 64}))
+    assert "for other data" in load_subject(copy, data, "test", None).notices[0]
+    from adrec.data.dataset import Dataset
+
+    Dataset.from_lists([[1, 2]], [[3]], [[4]]).save(tmp_path / "small")
+    with pytest.raises(DataError, match="4 items, the run 40"):
+        load_subject(copy, tmp_path / "small", "test", None)
+
+
+def _invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    register(app)
+    app.command("other")(lambda: None)
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_command_line_measures_and_reports(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(tmp_path / "rows.jsonl")
+    monkeypatch.setitem(ENGINES, "breaks", BreaksAtTwo)
+    shared = [
+        "--batch-sizes",
+        "2",
+        "--seconds-per-cell",
+        "0.000001",
+        "--users",
+        "20",
+        "--quiet",
+        "--out",
+        out,
+    ]
+    done = _invoke("tradeoff", str(tiny_run), "--steps", "1,4", "--engines", "cached", *shared)
+    assert done.exit_code == 0, done.output
+    failed = _invoke("tradeoff", str(tiny_run), "--steps", "2,4", "--engines", "cached,breaks", "--append", *shared)
+    assert failed.exit_code == 1
+    assert len(read_records(Path(out))) == 4 + 6
+    report = _invoke("report", out, "--out", str(tmp_path / "page"))
+    assert report.exit_code == 0, report.output
+    assert (tmp_path / "page" / "report.html").is_file()
+
+
+def test_command_line_describes_the_machine() -> None:
+    assert json.loads(_invoke("env", "--json").output)["machine"]["threads"] == torch.get_num_threads()
+    assert "versions torch" in _invoke("env").output
