@@ -44,9 +44,8 @@ def demo(
     dataset = synthetic_dataset(USERS, ITEMS, MEAN_LENGTH, seed, name="demo")
     dataset.save(out / "data")
     known = dataset.info.synthetic or {}
-    console.print(
-        f"    HR@20 of popularity {known['popularity_hr20']:.1f} %, of a perfect recommender {known['bayes_hr20']:.1f} %"
-    )
+    popular, perfect = known["popularity_hr20"], known["bayes_hr20"]
+    console.print(f"    HR@20 of popularity {popular:.1f} %, of a perfect recommender {perfect:.1f} %")
     console.print("2/4 training")
     settings = parse(RunConfig, {"model": MODEL, "train": {**TRAIN, "seed": seed}}, "demo settings")
     train_run(dataset, str(out / "data"), out / "run", settings, accelerator="auto", devices=1, report=console.print)

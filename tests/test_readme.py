@@ -1,0 +1,75 @@
+"""README's commands run as they stand, on small data and with short training."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Added to a command of README so that it ends within seconds; what it says stays as it is.
+SHORTER = {
+    "train": ["--epochs", "2", "--no-progress", "--set", "model.width=16", "--set", "train.main.validate_every=1"],
+    "bench tradeoff": ["--seconds-per-cell", "0.01", "--users", "40", "--quiet"],
+}
+LONG = pytest.mark.slow
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("adrec ")]
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, "-c", "from adrec.cli import main; main()"]
+    result = subprocess.run(
+        [*program, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, f"adrec {' '.join(arguments)}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def test_readme_has_the_commands_of_the_main_job() -> None:
+    assert [command[1] for command in commands()][:4] == ["prepare", "train", "evaluate", "recommend"]
+
+
+def test_commands_named_in_prose_exist() -> None:
+    result = run(["--help"], ROOT)
+    for name in set(re.findall(r"`adrec ([a-z-]+)", README)):
+        assert name in result.stdout
+
+
+@LONG
+def test_commands_run_in_order(tmp_path: Path) -> None:
+    run(["synthesize", "--raw", "ratings.csv", "--users", "150", "--items", "60", "--mean-length", "10"], tmp_path)
+    (tmp_path / "users.jsonl").write_text('{"user": "a", "history": [1, 2, 3]}\n{"user": "b", "history": []}\n')
+    for command in commands():
+        arguments = command[1:]
+        for name, extra in SHORTER.items():
+            if " ".join(arguments).startswith(name):
+                arguments = [*arguments, *extra]
+        run(arguments, tmp_path)
+    assert (tmp_path / "recommendations.parquet").stat().st_size > 0
+    assert list((tmp_path / "runs/mine/bench").glob("*.html"))
+    for block in blocks("python"):
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", block.replace("k=20", "k=5")],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("[") == 4
+
+
+def test_make_targets_named_in_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
