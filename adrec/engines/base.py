@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -140,14 +141,20 @@ class Engine(ABC):
 
 def history_keys(histories: Jagged) -> Tensor:
     """Hash each history to a row key in [0, 2^39): equal histories share their noise. Returns `[B]` int64."""
-    lengths = histories.lengths
+    if histories.values.numel() == 0:
+        return torch.zeros_like(histories.lengths)
     rows = _row_index(histories)
-    from_end = histories.offsets[1:].repeat_interleave(lengths) - torch.arange(rows.numel(), device=rows.device)
-    word, other = philox.philox(0, from_end)
+    from_end = histories.offsets[1:][rows] - torch.arange(rows.numel(), device=rows.device)
     # Products wrap around in int64 on purpose; the odd multiplier of each place keeps the order of items relevant.
-    mixed = (histories.values + 1) * ((word << 31) ^ other | 1)
-    total = torch.zeros_like(lengths).index_add_(0, rows, mixed)
+    mixed = (histories.values + 1) * _place_multipliers(int(histories.lengths.max())).to(rows.device)[from_end]
+    total = torch.zeros_like(histories.lengths).index_add_(0, rows, mixed)
     return (total ^ (total >> 29)) & (philox.ROW_KEYS - 1)
+
+
+@cache
+def _place_multipliers(longest: int) -> Tensor:
+    high, low = philox.philox(0, torch.arange(longest + 1))
+    return (high << 31) ^ low | 1
 
 
 def _row_index(jagged: Jagged) -> Tensor:

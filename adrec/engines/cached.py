@@ -16,7 +16,8 @@ from torch import Tensor
 from adrec.data.jagged import Jagged
 from adrec.engines.base import Engine
 from adrec.models.adrec import ADRec, MLPDenoiser
-from adrec.models.layers import Block, CausalTransformer, Pads
+from adrec.models.base import SequenceModel
+from adrec.models.layers import Block, CausalTransformer, PadStates
 from adrec.models.layout import Group, Layout
 from adrec.noise import ExplicitNoise, PhiloxNoise
 from adrec.sampler import Denoiser, ddpm, guided
@@ -36,15 +37,23 @@ class KeyValues:
 class PrefixCache:
     """A causal transformer whose prefix is computed once, and which then takes one new token per user at a time."""
 
-    def __init__(self, transformer: CausalTransformer, tokens: Tensor, layout: Layout, pads: Pads | None) -> None:
+    def __init__(
+        self,
+        transformer: CausalTransformer,
+        tokens: Tensor,
+        layout: Layout,
+        pads: PadStates | None,
+        bias: Tensor | None,
+    ) -> None:
         self.blocks = list(transformer)
-        biases = [_bias(group, layout, pads) for group in layout.groups]
+        biases = [_bias(group, layout, bias) for group in layout.groups]
         self.caches: list[list[KeyValues]] = []
         for index, block in enumerate(self.blocks):
-            self.caches.append(_key_values(block, tokens, layout, pads, biases))
+            padding = None if pads is None else pads.keys_values[index]
+            self.caches.append(_key_values(block, tokens, layout, padding, biases))
             # The last block's outputs at the prefix are never read: only its keys and values are.
             if index + 1 < len(self.blocks):
-                tokens, pads = block(tokens, layout, pads)
+                tokens = block(tokens, layout, padding, bias)
 
     def step(self, rows: Tensor) -> Tensor:
         """Run the new token of each user through every block. `[B, D] -> [B, D]`."""
@@ -63,40 +72,49 @@ class PrefixCache:
         return rows
 
 
-def _bias(group: Group, layout: Layout, pads: Pads | None) -> Tensor:
+def _bias(group: Group, layout: Layout, pad_bias: Tensor | None) -> Tensor:
     """Additive attention bias `[U, 1, 1, P + l + 1]`: padding weights, and no attention beyond a user's own prefix."""
-    lengths = layout.lengths[group.users]
-    place = torch.arange(group.length + 1, device=lengths.device)
-    beyond = (place >= lengths[:, None]) & (place < group.length)
-    own = torch.zeros(beyond.shape, device=lengths.device).masked_fill(beyond, -torch.inf)
-    if pads is not None:
-        own = torch.cat([pads.bias[group.users].expand(group.size, -1), own], -1)
+    if group.slots is None:
+        own = torch.zeros(group.size, group.length + 1, device=layout.lengths.device)
+    else:
+        lengths = layout.lengths[group.users, None]
+        place = torch.arange(group.length + 1, device=lengths.device)
+        beyond = (place >= lengths) & (place < group.length)
+        own = torch.zeros(beyond.shape, device=lengths.device).masked_fill(beyond, -torch.inf)
+    if pad_bias is not None:
+        own = torch.cat([pad_bias[group.users], own], -1)
     return own[:, None, None, :]
 
 
 def _key_values(
-    block: Block, tokens: Tensor, layout: Layout, pads: Pads | None, biases: list[Tensor]
+    block: Block, tokens: Tensor, layout: Layout, padding: Tensor | None, biases: list[Tensor]
 ) -> list[KeyValues]:
     attention = block.attention
     width = attention.output.in_features
-    weight, bias = attention.qkv.weight[width:], attention.qkv.bias[width:]
-
-    def project(rows: Tensor) -> Tensor:
-        return F.linear(rows, weight, bias).unflatten(-1, (2, attention.heads, -1))
-
-    projected = project(tokens)
-    padding = None if pads is None else project(pads.hidden)
+    projected = F.linear(tokens, attention.qkv.weight[width:], attention.qkv.bias[width:])
+    projected = projected.unflatten(-1, (2, attention.heads, -1))
     caches = []
-    for group, group_bias in zip(layout.groups, biases, strict=True):
-        first = 0 if padding is None else padding.shape[1]
+    for group, bias in zip(layout.groups, biases, strict=True):
+        first = 0 if padding is None else padding.shape[3]
         shape = (2, group.size, attention.heads, first + group.length + 1, width // attention.heads)
         both = projected.new_zeros(shape)
         if padding is not None:
-            own = padding if padding.shape[0] == 1 else padding[group.users]
-            both[:, :, :, :first] = own.permute(2, 0, 3, 1, 4)
+            both[:, :, :, :first] = padding
         both[:, :, :, first:-1] = group.unpack(projected[group.tokens]).permute(2, 0, 3, 1, 4)
-        caches.append(KeyValues(group, both[0], both[1], group_bias))
+        caches.append(KeyValues(group, both[0], both[1], bias))
     return caches
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Padding through the encoder and the denoiser: no history changes it, so an engine computes it once.
+
+    unconditional: through the denoiser without condition, for guidance.
+    """
+
+    encoder: PadStates
+    denoiser: PadStates | None = None
+    unconditional: PadStates | None = None
 
 
 @dataclass(frozen=True)
@@ -113,9 +131,17 @@ class CachedState:
 
 
 class CachedEngine(Engine):
-    """Prefix keys and values once, padding as weighted keys, packed tokens, coefficient tables."""
+    """Prefix keys and values once, padding as weighted keys, packed tokens, coefficient tables.
+
+    Padding and time embeddings are kept from the first request on: make a new engine after changing the weights.
+    """
 
     name = "cached"
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__(model)
+        self._padding: Padding | None = None
+        self._times: dict[int, Tensor] = {}
 
     def encode(self, histories: Jagged) -> CachedState:
         order = torch.argsort(histories.lengths, stable=True)
@@ -124,27 +150,45 @@ class CachedEngine(Engine):
         prefix = Layout.from_sorted_lengths(histories.lengths - 1)
         before = torch.ones(layout.tokens, dtype=torch.bool, device=order.device)
         before[layout.last] = False
-        if not isinstance(self.model, ADRec):
-            tokens, pads = self.model.embed(histories.values, layout)
-            cache = PrefixCache(self.model.encoder, tokens[before], prefix, pads)
+        model, bias, padding = self.model, self.model.pad_bias(histories.lengths), self._pad_states()
+        encoder_pads = None if padding is None else padding.encoder
+        tokens = model.embed(histories.values, layout)
+        if not isinstance(model, ADRec):
+            cache = PrefixCache(model.encoder, tokens[before], prefix, encoder_pads, bias)
             return CachedState(order, tokens[layout.last], (cache,))
-        condition, pads = self.model.encode(histories.values, layout)
-        last, prefix_condition = condition[layout.last], condition[before]
-        if isinstance(self.model.denoiser, MLPDenoiser):
+        condition = model.encoder(tokens, layout, encoder_pads, bias)
+        last = condition[layout.last]
+        if isinstance(model.denoiser, MLPDenoiser):
             return CachedState(order, last, ())
-        next_items = histories.values[1:][before[:-1]]
-        caches = [self._prefix(self.model, prefix_condition, next_items, prefix, pads)]
-        if self.model.config.guidance_scale != 1.0:
-            nothing = None if pads is None else pads.replace(torch.zeros_like(pads.hidden))
-            caches.append(self._prefix(self.model, torch.zeros_like(prefix_condition), next_items, prefix, nothing))
+        # History positions hold their clean targets, the next items, at step 0.
+        target = model.clean_target(histories.values[1:][before[:-1]])
+        mixed = model.mix(condition[before], target, self._start())
+        denoiser_pads = None if padding is None else padding.denoiser
+        caches = [PrefixCache(model.denoiser, mixed, prefix, denoiser_pads, bias)]
+        if model.config.guidance_scale != 1.0:
+            mixed = model.mix(torch.zeros_like(mixed), target, self._start())
+            denoiser_pads = None if padding is None else padding.unconditional
+            caches.append(PrefixCache(model.denoiser, mixed, prefix, denoiser_pads, bias))
         return CachedState(order, last, tuple(caches))
 
-    @staticmethod
-    def _prefix(model: ADRec, condition: Tensor, next_items: Tensor, layout: Layout, pads: Pads | None) -> PrefixCache:
-        start = torch.zeros(1, dtype=torch.int64, device=condition.device)
-        mixed = model.mix(condition, model.clean_target(next_items), start)
-        assert isinstance(model.denoiser, CausalTransformer)
-        return PrefixCache(model.denoiser, mixed, layout, model.mix_pads(pads, start))
+    def _start(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def _pad_states(self) -> Padding | None:
+        if self._padding is not None:
+            return self._padding
+        rows = self.model.pad_rows()
+        if rows is None:
+            return None
+        encoder, denoiser, unconditional = self.model.encoder.pad_states(rows), None, None
+        if isinstance(self.model, ADRec) and isinstance(self.model.denoiser, CausalTransformer):
+            mixed = self.model.mix_pads(encoder.output, self._start())
+            denoiser = self.model.denoiser.pad_states(mixed)
+            if self.model.config.guidance_scale != 1.0:
+                mixed = self.model.mix_pads(torch.zeros_like(encoder.output), self._start())
+                unconditional = self.model.denoiser.pad_states(mixed)
+        self._padding = Padding(encoder, denoiser, unconditional)
+        return self._padding
 
     def sample(self, state: CachedState, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
         model = self.model
@@ -158,9 +202,13 @@ class CachedEngine(Engine):
             rows = ddpm(denoise, table, noise.select(state.order), geodesic=model.config.geodesic)
         return torch.empty_like(rows).index_copy_(0, state.order, rows)
 
-    @staticmethod
-    def _denoiser(model: ADRec, state: CachedState, table: DiffusionTable, *, guided_by_nothing: bool) -> Denoiser:
-        times = model.config.lambda_uncertainty * model.time_embedding(table.time.to(state.last.device))
+    def _denoiser(
+        self, model: ADRec, state: CachedState, table: DiffusionTable, *, guided_by_nothing: bool
+    ) -> Denoiser:
+        if table.steps not in self._times:
+            embedded = model.time_embedding(table.time.to(self.device))
+            self._times[table.steps] = model.config.lambda_uncertainty * embedded
+        times = self._times[table.steps]
         condition = torch.zeros_like(state.last) if guided_by_nothing else state.last
 
         def denoise(x_t: Tensor, row: int) -> Tensor:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from adrec.config import ModelConfig
 from adrec.models.base import SequenceModel, TokenBatch
-from adrec.models.layers import CausalTransformer, LayerNorm, Pads, TimeEmbedding
-from adrec.models.layout import Layout
+from adrec.models.layers import CausalTransformer, LayerNorm, TimeEmbedding
 from adrec.noise import TokenNoise, noised
 from adrec.schedule import DiffusionTable, diffusion_table, named_betas
 
@@ -53,26 +52,21 @@ class ADRec(SequenceModel):
         if noise.keep_condition is not None:
             keep = noise.keep_condition.to(condition.dtype)
             condition = condition * keep[batch.layout.users, None]
-            pads = None if pads is None else pads.replace(pads.hidden * keep[:, None, None])
+            pads = None if pads is None else pads * keep[:, None, None]
         mixed = condition + self.config.lambda_uncertainty * (noisy + self.time_embedding(noise.steps))
-        return self.denoise(mixed, batch.layout, self.mix_pads(pads, noise.padding_steps))
+        if isinstance(self.denoiser, MLPDenoiser):
+            return self.denoiser(mixed)
+        states = None if pads is None else self.denoiser.pad_states(self.mix_pads(pads, noise.padding_steps))
+        return self.denoiser(mixed, batch.layout, states, self.pad_bias(batch.layout.lengths))
 
     def clean_target(self, items: Tensor) -> Tensor:
         """``x_0 = E[item]``, on the unit sphere when geodesic. `[...]` int64 -> `[..., D]`."""
         rows = self.item_embedding(items)
         return F.normalize(rows, dim=-1) if self.config.geodesic else rows
 
-    def mix_pads(self, pads: Pads | None, steps: Tensor) -> Pads | None:
-        """Padding at the denoiser's input: its x_0 is zero and never noised. steps: `[1]` or `[B]` int64."""
-        if pads is None:
-            return None
-        return pads.replace(pads.hidden + self.config.lambda_uncertainty * self.time_embedding(steps)[:, None])
-
-    def denoise(self, mixed: Tensor, layout: Layout, pads: Pads | None) -> Tensor:
-        """The denoiser over packed tokens `[M, D]`."""
-        if isinstance(self.denoiser, MLPDenoiser):
-            return self.denoiser(mixed)
-        return self.denoiser(mixed, layout, pads)[0]
+    def mix_pads(self, pads: Tensor, steps: Tensor) -> Tensor:
+        """Padding at the denoiser's input `[U, P, D]`: x_0 is zero and never noised. steps: `[1]` or `[B]` int64."""
+        return pads + self.config.lambda_uncertainty * self.time_embedding(steps)[:, None]
 
     def mix(self, condition: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """``c + lambda (x_t + e_t)`` for one step shared by all rows. time: scalar int64 tensor."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adrec.config import ModelConfig
 from adrec.data.jagged import Jagged
 from adrec.models.dropout import dropout
-from adrec.models.layers import NORM_EPSILON, CausalTransformer, LayerNorm, Pads
+from adrec.models.layers import NORM_EPSILON, CausalTransformer, LayerNorm
 from adrec.models.layout import Layout
 
 WEIGHT_STD = 0.1
@@ -81,31 +81,40 @@ class SequenceModel(nn.Module):
         """The item table `[N + 1, D]`."""
         return self.item_embedding.weight
 
-    def embed(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Pads | None]:
-        """``LN(dropout(E[s] + position))`` of packed ids `[M]`, and the padding rows in ``released`` mode."""
+    def embed(self, inputs: Tensor, layout: Layout) -> Tensor:
+        """``LN(dropout(E[s] + position))`` of packed ids `[M]` -> `[M, D]`."""
         rows = self.item_embedding(inputs)
         if self.position_embedding is not None:
             place = layout.positions + (self.config.max_length - layout.lengths).repeat_interleave(layout.lengths)
             rows = rows + self.position_embedding(place)
-        tokens = self.history_norm(dropout(rows, self.config.embedding_dropout, self.training))
-        return tokens, self.pads(layout.lengths)
+        return self._normalise(rows)
 
-    def pads(self, lengths: Tensor) -> Pads | None:
-        """Padding rows at the encoder's input for histories of the given lengths `[B]`; None in ``masked`` mode."""
+    def pad_rows(self) -> Tensor | None:
+        """Padding at the encoder's input `[1, P, D]`; None in ``masked`` mode."""
         if self.config.padding == "masked":
             return None
-        counts = self.config.max_length - lengths
         # Through the table's lookup, not a slice of it: the padding row must receive no gradient.
-        padding = self.item_embedding(counts.new_zeros(1))
-        if self.position_embedding is None:
-            raw, bias = padding, counts.to(self.table.dtype).log()[:, None]
-        else:
-            raw = padding + self.position_embedding.weight
-            place = torch.arange(self.config.max_length, device=lengths.device)
-            bias = torch.zeros(1, dtype=raw.dtype, device=raw.device).masked_fill(place >= counts[:, None], -torch.inf)
-        return Pads(self.history_norm(raw)[None], bias)
+        rows = self.item_embedding(torch.zeros(1, dtype=torch.int64, device=self.table.device))
+        if self.position_embedding is not None:
+            rows = rows + self.position_embedding.weight
+        return self._normalise(rows)[None]
 
-    def encode(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Pads | None]:
-        """Condition c of every packed token `[M, D]`, and of the padding."""
-        tokens, pads = self.embed(inputs, layout)
-        return self.encoder(tokens, layout, pads)
+    def pad_bias(self, lengths: Tensor) -> Tensor | None:
+        """Bias `[B, P]` on the attention scores of padding for histories of the given lengths `[B]`."""
+        if self.config.padding == "masked":
+            return None
+        counts = (self.config.max_length - lengths)[:, None]
+        if self.position_embedding is None:
+            return counts.to(self.table.dtype).log()
+        place = torch.arange(self.config.max_length, device=lengths.device)
+        return torch.zeros(1, dtype=self.table.dtype, device=lengths.device).masked_fill(place >= counts, -torch.inf)
+
+    def encode(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """Condition c of every packed token `[M, D]`, and of the padding `[1, P, D]`."""
+        rows = self.pad_rows()
+        pads = None if rows is None else self.encoder.pad_states(rows)
+        tokens = self.encoder(self.embed(inputs, layout), layout, pads, self.pad_bias(layout.lengths))
+        return tokens, None if pads is None else pads.output
+
+    def _normalise(self, rows: Tensor) -> Tensor:
+        return self.history_norm(dropout(rows, self.config.embedding_dropout, self.training))

@@ -1,14 +1,14 @@
 """Transformer layers over packed tokens, with the padding of a history as a few shared key rows.
 
 The released code pads every history on the left and masks padded query rows, not padded keys: real positions attend to
-the padding. A padded query attends uniformly to itself and the padding before it, so what padding computes is the same
-for every user. It is therefore carried apart, as ``pads`` `[U, P, D]`:
+the padding. A padded query attends uniformly to itself and the padding before it, never to a real item, so padding goes
+through a transformer by itself, as rows `[U, P, D]`, and real tokens see only its keys and values (`PadStates`):
 
 - no positions: all pads of a history are equal, P = 1, and n of them weigh ``log(n)`` in the softmax;
 - learned positions: pads differ by position, P = max_length, and a user sees the first n of them.
 
 U is 1 where padding is the same for all users and B where it is not (one diffusion step per sequence in training).
-Dropout is not applied to pads: it would stand for the mean over up to max_length independent copies.
+What n pads weigh is a bias `[B, P]` on their attention scores.
 """
 
 from __future__ import annotations
@@ -28,14 +28,11 @@ NORM_EPSILON = 1e-12
 
 
 @dataclass(frozen=True)
-class Pads:
-    """Padding of a batch: its hidden rows `[U, P, D]` and the attention bias `[B, P]` each user gives them."""
+class PadStates:
+    """Padding after a transformer: keys and values `[2, U, H, P, d]` of each block, and the output `[U, P, D]`."""
 
-    hidden: Tensor
-    bias: Tensor
-
-    def replace(self, hidden: Tensor) -> Pads:
-        return Pads(hidden, self.bias)
+    keys_values: list[Tensor]
+    output: Tensor
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,34 +60,28 @@ class Attention(nn.Module):
         """Project `[..., D]` to queries, keys and values `[..., 3, H, D / H]`."""
         return self.qkv(rows).unflatten(-1, (3, self.heads, -1))
 
-    def forward(self, tokens: Tensor, layout: Layout, pads: Pads | None) -> tuple[Tensor, Tensor | None]:
-        """Attend within each history; returns the outputs of the tokens `[M, D]` and of the pads `[U, P, D]`."""
-        qkv = self.split(tokens)
-        pads_qkv = None if pads is None else self.split(pads.hidden)
-        mixed = [
-            self._attend(group, qkv[group.tokens], pads_qkv, None if pads is None else pads.bias[group.users])
-            for group in layout.groups
-            if group.length
-        ]
-        out = self.output(torch.cat(mixed) if mixed else tokens)
-        if pads_qkv is None:
-            return out, None
-        return out, self.output(padding_mean(pads_qkv[:, :, 2]).flatten(2))
+    def forward(self, tokens: Tensor, layout: Layout, pads: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Attend within each history. `[M, D]` -> `[M, D]`.
 
-    def _attend(self, group: Group, qkv: Tensor, pads_qkv: Tensor | None, bias: Tensor | None) -> Tensor:
+        pads: keys and values of the padding `[2, U, H, P, d]`. bias: `[B, P]`, added to the scores of the padding.
+        """
+        qkv = self.split(tokens)
+        mixed = [self._attend(group, qkv[group.tokens], pads, bias) for group in layout.groups if group.length]
+        return self.output(torch.cat(mixed) if mixed else tokens)
+
+    def _attend(self, group: Group, qkv: Tensor, pads: Tensor | None, bias: Tensor | None) -> Tensor:
         query, key, value = group.unpack(qkv).permute(2, 0, 3, 1, 4).unbind()
         scores = query @ key.transpose(-1, -2) * self.scale
-        future = torch.ones(group.length, group.length, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-        if pads_qkv is None or bias is None:
+        if group.length > 1:
+            future = torch.ones(group.length, group.length, dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        if pads is None or bias is None:
             weights = dropout(scores.softmax(-1), self.dropout, self.training)
             return group.pack((weights @ value).transpose(1, 2).flatten(2))
-        own = pads_qkv if pads_qkv.shape[0] == 1 else pads_qkv[group.users]
-        pad_key, pad_value = own[:, :, 1].transpose(1, 2), own[:, :, 2].transpose(1, 2)
-        pad_scores = query @ pad_key.transpose(-1, -2) * self.scale + bias[:, None, None, :]
-        weights = torch.cat([pad_scores, scores], -1).softmax(-1)
+        pad_key, pad_value = pads if pads.shape[1] == 1 else pads[:, group.users]
+        pad_scores = query @ pad_key.transpose(-1, -2) * self.scale + bias[group.users, None, None]
+        weights = dropout(torch.cat([pad_scores, scores], -1).softmax(-1), self.dropout, self.training)
         pad_weights, weights = weights.split([pad_scores.shape[-1], group.length], -1)
-        weights = dropout(weights, self.dropout, self.training)
         return group.pack((pad_weights @ pad_value + weights @ value).transpose(1, 2).flatten(2))
 
 
@@ -111,9 +102,8 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(4 * width, width)
         self.dropout = dropout
 
-    def forward(self, rows: Tensor, noisy: bool = True) -> Tensor:
-        hidden = F.gelu(self.up(rows), approximate="tanh")
-        return self.down(dropout(hidden, self.dropout, self.training and noisy))
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.down(dropout(F.gelu(self.up(rows), approximate="tanh"), self.dropout, self.training))
 
 
 class Block(nn.Module):
@@ -127,18 +117,13 @@ class Block(nn.Module):
         self.feed_forward_norm = LayerNorm(width)
         self.dropout = dropout
 
-    def forward(self, tokens: Tensor, layout: Layout, pads: Pads | None) -> tuple[Tensor, Pads | None]:
-        mixed, pads_mixed = self.attention(tokens, layout, pads)
-        tokens = self.finish(tokens, mixed)
-        if pads is None or pads_mixed is None:
-            return tokens, None
-        return tokens, pads.replace(self.finish(pads.hidden, pads_mixed, noisy=False))
+    def forward(self, tokens: Tensor, layout: Layout, pads: Tensor | None, bias: Tensor | None) -> Tensor:
+        return self.finish(tokens, self.attention(tokens, layout, pads, bias))
 
-    def finish(self, rows: Tensor, mixed: Tensor, noisy: bool = True) -> Tensor:
+    def finish(self, rows: Tensor, mixed: Tensor) -> Tensor:
         """Everything after attention, row by row: residual, norm, feed-forward, residual, norm."""
-        active = self.training and noisy
-        rows = self.attention_norm(rows + dropout(mixed, self.dropout, active))
-        return self.feed_forward_norm(rows + dropout(self.feed_forward(rows, noisy), self.dropout, active))
+        rows = self.attention_norm(rows + dropout(mixed, self.dropout, self.training))
+        return self.feed_forward_norm(rows + dropout(self.feed_forward(rows), self.dropout, self.training))
 
 
 class CausalTransformer(nn.Module):
@@ -151,11 +136,20 @@ class CausalTransformer(nn.Module):
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)  # type: ignore[arg-type]
 
-    def forward(self, tokens: Tensor, layout: Layout, pads: Pads | None) -> tuple[Tensor, Pads | None]:
-        """`[M, D]` packed tokens and pads through every block."""
+    def forward(self, tokens: Tensor, layout: Layout, pads: PadStates | None, bias: Tensor | None) -> Tensor:
+        """Packed tokens `[M, D]` through every block; see `Attention.forward` for bias."""
+        for index, block in enumerate(self):
+            tokens = block(tokens, layout, None if pads is None else pads.keys_values[index], bias)
+        return tokens
+
+    def pad_states(self, rows: Tensor) -> PadStates:
+        """Padding rows `[U, P, D]` through every block. In training all users of a batch share one dropout mask."""
+        keys_values = []
         for block in self:
-            tokens, pads = block(tokens, layout, pads)
-        return tokens, pads
+            _, key, value = block.attention.split(rows).unbind(2)
+            keys_values.append(torch.stack([key, value]).transpose(2, 3))
+            rows = block.finish(rows, block.attention.output(padding_mean(value).flatten(2)))
+        return PadStates(keys_values, rows)
 
 
 class TimeEmbedding(nn.Module):
