@@ -8,16 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -131,14 +130,13 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
             f"{path}: not a finished run ({RUN_FILE} is missing); train one with `adrec train DATA --out {path}`,"
             " or continue an interrupted one with --resume"
         )
-    try:
-        info = parse(RunInfo, json.loads((path / RUN_FILE).read_text(encoding="utf-8")), f"{path / RUN_FILE}")
-        settings = parse(RunConfig, load_yaml(path / CONFIG), f"{path / CONFIG}")
-        state = load_file(path / WEIGHTS, device=device)
-        items = pq.read_table(path / ITEMS)
-        metrics = json.loads((path / METRICS_FILE).read_text(encoding="utf-8"))
-    except (ConfigError, ValidationError, OSError, ValueError, SafetensorError, pa.ArrowException) as error:
-        raise RunError(f"{path}: the run cannot be read: {error}") from None
+    info = _parse(RunInfo, _read(path / RUN_FILE, _json), path / RUN_FILE)
+    settings = _parse(RunConfig, _read(path / CONFIG, load_yaml), path / CONFIG)
+    state = _read(path / WEIGHTS, lambda file: load_file(file, device=device))
+    items = _read(path / ITEMS, pq.read_table)
+    if not {"raw", "count"} <= set(items.column_names):
+        raise RunError(f"{path / ITEMS}: columns are {', '.join(items.column_names)}; expected raw and count")
+    metrics = _read(path / METRICS_FILE, _json)
     if model_fingerprint(state) != info.model_fingerprint:
         raise RunError(f"{path / WEIGHTS}: the weights do not match the fingerprint in {RUN_FILE}; restore the file")
     model = build_model(settings.model)
@@ -152,3 +150,26 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     counts[1:] = torch.from_numpy(items["count"].to_numpy().copy())
     raw = items["raw"].combine_chunks()
     return Run(path, settings, info, model.to(device).eval(), raw, counts, metrics)
+
+
+Content = TypeVar("Content")
+Settings = TypeVar("Settings", bound=StrictModel)
+
+
+def _read(file: Path, reader: Callable[[Path], Content]) -> Content:
+    try:
+        return reader(file)
+    except (ConfigError, OSError, ValueError, SafetensorError, pa.ArrowException) as error:
+        raise RunError(f"{file}: the run cannot be read: {error}") from None
+
+
+def _json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _parse(kind: type[Settings], values: Any, file: Path) -> Settings:
+    """Validate the contents of a run's file; raises RunError naming the file."""
+    try:
+        return parse(kind, values, str(file))
+    except ConfigError as error:
+        raise RunError(str(error)) from None

@@ -20,12 +20,14 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, targets: Tensor, budget: int) -> Tensor:
         count, chunk = rows.shape[0], max(1, budget // table.shape[0])
-        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        # Sums run in float32 at least, whatever the inputs.
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=rows.device)
         rows_grad = torch.empty_like(rows) if rows.requires_grad else None
         table_grad = torch.zeros_like(table) if table.requires_grad else None
         for first in range(0, count, chunk):
             part, target = rows[first : first + chunk], targets[first : first + chunk, None]
-            log_probability = (part @ table.T).float().log_softmax(-1)
+            log_probability = (part @ table.T).to(wide).log_softmax(-1)
             total -= log_probability.gather(1, target).sum()
             probability = log_probability.exp_()
             probability.scatter_add_(1, target, probability.new_full(target.shape, -1.0))
@@ -55,7 +57,7 @@ def catalogue_cross_entropy(
     """Mean of ``CE(rows @ table.T, targets)`` over all rows and all N + 1 columns of the table.
 
     rows: `[M, D]`. table: `[N + 1, D]`; its padding row is a class of logit 0, as in the released code. targets: `[M]`
-    int64. budget: logits held at a time (elements); memory does not grow with M. Returns a scalar float32.
+    int64. budget: logits held at a time (elements); memory does not grow with M. Returns a scalar, float32 at least.
     """
     return _CatalogueCrossEntropy.apply(rows, table, targets, budget)
 

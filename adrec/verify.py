@@ -7,6 +7,7 @@ output, losses, gradients, the sampled representation, scores and the top list.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         meta = json.loads(str(arrays["meta"]))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: 'meta' is not JSON: {error}") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: 'meta' is a JSON {type(meta).__name__}; expected an object")
     if meta.get("model") not in SUPPORTED:
         raise NotSupportedError(
             f"{path}: model '{meta.get('model')}' is not supported yet; supported: {', '.join(SUPPORTED)}"
@@ -90,6 +93,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     needed = ["hist", "target", "train_out", "train_ce", "sample_last", "scores", "topk"]
     needed += ["train_t", "train_noise", "train_mse", "sample_noise"] if meta["model"] == "adrec" else []
     missing = [name for name in needed if name not in arrays]
+    missing += [prefix for prefix in ("w/...", "g/...") if not any(name.startswith(prefix[:2]) for name in arrays)]
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}")
     return arrays, meta
@@ -141,6 +145,8 @@ def _training_checks(model: SequenceModel, arrays: dict[str, np.ndarray]) -> lis
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and name in expected
     }
+    # A gradient that is not a number is the worst of all, and compares as nothing.
+    differences = {name: math.inf if math.isnan(value) else value for name, value in differences.items()}
     worst = max(differences, key=lambda name: differences[name])
     checks.append(
         Check(

@@ -118,7 +118,7 @@ class Engine(ABC):
         for first in range(1, items + 1, chunk):
             scores = rows @ self.model.table[first : first + chunk].T
             if exclude is not None and owners is not None:
-                inside = (exclude.values >= first) & (exclude.values < first + chunk)
+                inside = (exclude.values >= first) & (exclude.values < first + scores.shape[1])
                 scores[owners[inside], exclude.values[inside] - first] = -torch.inf
             values, places = scores.topk(min(k, scores.shape[1]), -1)
             values, places = torch.cat([best.scores, values], -1), torch.cat([best.items, places + first], -1)
