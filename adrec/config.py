@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from adrec.errors import ConfigError, nearest
 from adrec.schedule import ScheduleName
 
+Positions = Literal["none", "learned", "released"]
+
 
 class StrictModel(BaseModel):
     """Frozen settings that refuse unknown keys."""
@@ -36,7 +38,9 @@ class ModelConfig(StrictModel):
     padding: Literal["released", "masked"] = Field(
         "released", description="released: real positions attend to the padding, as the published weights do"
     )
-    positions: Literal["none", "learned"] = Field("none", description="learned positions, counted from the end")
+    positions: Positions = Field(
+        "none", description="learned: items carry positions counted from the end; released: padding carries them too"
+    )
     timesteps: int = Field(32, ge=1, le=4095, description="T, the diffusion steps trained")
     schedule: ScheduleName = "trunc_lin"
     lambda_uncertainty: float = Field(0.001, ge=0.0, description="weight of x_t + e_t next to the condition")
@@ -56,7 +60,7 @@ class ModelConfig(StrictModel):
             )
         return self
 
-    def baseline(self, positions: Literal["none", "learned"]) -> ModelConfig:
+    def baseline(self, positions: Positions) -> ModelConfig:
         """The SASRec+ body of stage 1: same items, width, blocks and padding, no diffusion."""
         return self.model_copy(
             update={"model": "sasrec", "positions": positions, "condition_dropout": 0.0, "guidance_scale": 1.0}
@@ -80,8 +84,8 @@ class TrainConfig(StrictModel):
     seed: int = Field(0, ge=0, lt=2**31)
     batch_size: int = Field(512, ge=1, description="users a step, summed over all processes")
     pretrain: OptimiserConfig = OptimiserConfig()
-    pretrain_positions: Literal["none", "learned"] = Field(
-        "learned", description="positions of the stage-1 body; learned makes it the SASRec+ baseline"
+    pretrain_positions: Positions = Field(
+        "learned", description="positions of the stage-1 body, which is also the SASRec+ baseline"
     )
     main: OptimiserConfig = OptimiserConfig()
     warmup_epochs: int = Field(5, ge=0, description="epochs of stage 2, with the item table frozen")

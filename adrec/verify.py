@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _model(arrays: dict[str, np.ndarray], meta: dict[str, Any], where: str) -> SequenceModel:
     options = {ours: meta[theirs] for theirs, ours in _OPTIONS.items() if theirs in meta}
     fixed = {"dropout": 0.0, "embedding_dropout": 0.0, "padding": "released"}
-    positions = "learned" if "w/position_embedding.weight" in arrays else "none"
+    positions = "released" if "w/position_embedding.weight" in arrays else "none"
     model = build_model(parse(ModelConfig, {"model": meta["model"], "positions": positions, **fixed, **options}, where))
     try:
         model.load_state_dict(from_released(_group(arrays, "w/")))

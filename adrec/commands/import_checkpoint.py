@@ -77,5 +77,5 @@ def _shape(state: dict[str, Any], where: str) -> dict[str, Any]:
     elif blocks["denoiser"]:
         values["denoiser_blocks"] = blocks["denoiser"]
     if "position_embedding.weight" in state:
-        values |= {"positions": "learned", "max_length": state["position_embedding.weight"].shape[0]}
+        values |= {"positions": "released", "max_length": state["position_embedding.weight"].shape[0]}
     return values

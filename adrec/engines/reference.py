@@ -39,9 +39,11 @@ class ReferenceEngine(Engine):
         model = self.model
         padded = histories.padded(model.config.max_length)
         rows = model.item_embedding(padded)
+        real = padded != 0
         if model.position_embedding is not None:
-            rows = rows + model.position_embedding.weight
-        return PaddedState(padded, self._transformer(model.encoder, model.history_norm(rows), padded != 0))
+            carries = real[..., None] | (model.config.positions == "released")
+            rows = rows + model.position_embedding.weight * carries
+        return PaddedState(padded, self._transformer(model.encoder, model.history_norm(rows), real))
 
     def sample(self, state: PaddedState, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
         model = self.model

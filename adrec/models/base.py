@@ -55,9 +55,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.config = config
         self.item_embedding = nn.Embedding(config.items + 1, config.width, padding_idx=0)
-        self.position_embedding = (
-            nn.Embedding(config.max_length, config.width) if config.positions == "learned" else None
-        )
+        self.position_embedding = nn.Embedding(config.max_length, config.width) if config.positions != "none" else None
         self.history_norm = LayerNorm(config.width, self.history_norm_epsilon)
         self.encoder = CausalTransformer(config.width, config.heads, config.encoder_blocks, config.dropout)
 
@@ -95,7 +93,7 @@ class SequenceModel(nn.Module):
             return None
         # Through the table's lookup, not a slice of it: the padding row must receive no gradient.
         rows = self.item_embedding(torch.zeros(1, dtype=torch.int64, device=self.table.device))
-        if self.position_embedding is not None:
+        if self.position_embedding is not None and self.config.positions == "released":
             rows = rows + self.position_embedding.weight
         return self._normalise(rows)[None]
 
@@ -104,7 +102,7 @@ class SequenceModel(nn.Module):
         if self.config.padding == "masked":
             return None
         counts = (self.config.max_length - lengths)[:, None]
-        if self.position_embedding is None:
+        if self.config.positions != "released":
             return counts.to(self.table.dtype).log()
         place = torch.arange(self.config.max_length, device=lengths.device)
         return torch.zeros(1, dtype=self.table.dtype, device=lengths.device).masked_fill(place >= counts, -torch.inf)

@@ -4,8 +4,8 @@ The released code pads every history on the left and masks padded query rows, no
 the padding. A padded query attends uniformly to itself and the padding before it, never to a real item, so padding goes
 through a transformer by itself, as rows `[U, P, D]`, and real tokens see only its keys and values (`PadStates`):
 
-- no positions: all pads of a history are equal, P = 1, and n of them weigh ``log(n)`` in the softmax;
-- learned positions: pads differ by position, P = max_length, and a user sees the first n of them.
+- without positions all pads of a history are equal: P = 1, and n of them weigh ``log(n)`` in the softmax;
+- where padding carries positions, pads differ: P = max_length, and a user sees the first n of them.
 
 U is 1 where padding is the same for all users and B where it is not (one diffusion step per sequence in training).
 What n pads weigh is a bias `[B, P]` on their attention scores.
