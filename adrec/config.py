@@ -72,6 +72,12 @@ class OptimiserConfig(StrictModel):
 
     learning_rate: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(1e-5, ge=0.0)
+    average_decay: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="keep and evaluate an exponential moving average of the weights; 0: the weights",
+    )
     epochs: int = Field(500, ge=1)
     cosine_epochs: int = Field(500, ge=1)
     validate_every: int = Field(5, ge=1, description="epochs between validations")
@@ -131,8 +137,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all (temporary file, then rename)."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _explain(kind: type[BaseModel], issue: Any) -> str:

@@ -23,8 +23,8 @@ class _CatalogueCrossEntropy(torch.autograd.Function):
         # Sums run in float32 at least, whatever the inputs.
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=rows.device)
-        rows_grad = torch.empty_like(rows) if rows.requires_grad else None
-        table_grad = torch.zeros_like(table) if table.requires_grad else None
+        rows_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        table_grad = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
         for first in range(0, count, chunk):
             part, target = rows[first : first + chunk], targets[first : first + chunk, None]
             log_probability = (part @ table.T).to(wide).log_softmax(-1)

@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from adrec.checkpoint import Run, load_run
+from adrec.data.item_index import ItemIndex
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, make_engine
 from adrec.errors import AdrecError, ConfigError
+from kernels.philox import ROW_KEYS
 
 Source = Literal["model", "popularity"]
 
@@ -81,6 +84,9 @@ class Recommender:
             steps = None
         if user_keys is not None and len(user_keys) != len(histories):
             raise ConfigError(f"{len(user_keys)} user keys for {len(histories)} histories; give one each or none")
+        for key in user_keys or ():
+            if not 0 <= key < ROW_KEYS:
+                raise ConfigError(f"user key {key}: allowed are 0 to 2^39 - 1; hash longer ids into that range")
         encoded = [self._encode(row, history, unknown) for row, history in enumerate(histories)]
         known = [row for row, ids in enumerate(encoded) if ids]
         results: list[Recommendation | None] = [None] * len(histories)
@@ -109,10 +115,12 @@ class Recommender:
         for batch in batches:
             yield self.recommend(batch, **options)
 
-    def _encode(self, row: int, history: Sequence[Any], unknown: str) -> list[int]:
+    def _encode(self, row: int, history: Any, unknown: str) -> list[int]:
         if isinstance(history, str | bytes):
             raise ConfigError(f"history {row} is the text {history!r}; expected a list of item ids")
-        ids = [self._lookup(value) for value in history]
+        if not isinstance(history, Sequence | np.ndarray) or any(isinstance(value, list | tuple) for value in history):
+            raise ConfigError(f"history {row} is {history!r}; expected a flat list of item ids")
+        ids = [self._index[value] for value in history]
         if unknown == "raise" and 0 in ids:
             missing = [history[place] for place, item in enumerate(ids) if item == 0]
             raise UnknownItemError(
@@ -121,22 +129,9 @@ class Recommender:
             )
         return [item for item in ids if item]
 
-    def _lookup(self, value: Any) -> int:
-        found = self._index.get(value, 0) if not isinstance(value, bool) else 0
-        if found or not isinstance(value, str | int) or isinstance(value, bool):
-            return found
-        # Files carry integers as text and the other way round; only the plain spelling of a number matches.
-        if isinstance(value, int):
-            return self._index.get(str(value), 0)
-        return self._index.get(int(value), 0) if value.isascii() and value.isdigit() and str(int(value)) == value else 0
-
     @cached_property
-    def _raw(self) -> list[Any]:
-        return self.run.item_ids.to_pylist()
-
-    @cached_property
-    def _index(self) -> dict[Any, int]:
-        return {raw: item for item, raw in enumerate(self._raw, start=1)}
+    def _index(self) -> ItemIndex:
+        return ItemIndex(self.run.item_ids)
 
     @cached_property
     def _popularity(self) -> tuple[list[int], list[float]]:
@@ -150,4 +145,4 @@ class Recommender:
 
     def _result(self, ids: list[int], scores: list[float], unknown: int, source: Source) -> Recommendation:
         kept = [place for place, item in enumerate(ids) if item]
-        return Recommendation([self._raw[ids[i] - 1] for i in kept], [scores[i] for i in kept], unknown, source)
+        return Recommendation([self._index.raw[ids[i] - 1] for i in kept], [scores[i] for i in kept], unknown, source)

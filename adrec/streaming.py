@@ -54,35 +54,46 @@ def file_format(path: Path, option: str) -> str:
     return path.suffix.lower()
 
 
+class _Lines:
+    """Text lines of a UTF-8 file, decoded one by one so that an error names its line; a byte-order mark is dropped."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self.path, self.file, self.number = path, file, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.file:
+            self.number += 1
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.path}, line {self.number}: not UTF-8: {error}") from None
+            yield text.removeprefix("\ufeff") if self.number == 1 else text
+
+
 def _read_csv(path: Path, separator: str) -> Iterator[UserHistory]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    with path.open("rb") as file:
+        lines = _Lines(path, file)
+        reader = csv.DictReader(lines, strict=True)
         try:
             columns = list(reader.fieldnames or [])
             if "history" in columns:
                 for number, row in enumerate(reader):
-                    text = _cell(row, "history", path, reader.line_num)
-                    yield UserHistory(row.get("user") or number, _split(text, separator, path, reader.line_num))
+                    text = _cell(row, "history", path, lines.number)
+                    yield UserHistory(row.get("user") or number, _split(text, separator, path, lines.number))
             elif {"user", "item"} <= set(columns):
-                pairs = (
-                    (_cell(row, "user", path, reader.line_num), _cell(row, "item", path, reader.line_num))
-                    for row in reader
-                )
+                pairs = (tuple(_cell(row, name, path, lines.number) for name in ("user", "item")) for row in reader)
                 seen: set[int] = set()
                 for user, group in groupby(pairs, key=lambda pair: pair[0]):
                     # Hashes, not ids, so that a hundred million users still fit in memory.
                     if hash(user) in seen:
-                        raise DataError(
-                            f"{path}, line {reader.line_num}: user '{user}' comes back; sort the file by user"
-                        )
+                        raise DataError(f"{path}, line {lines.number}: user '{user}' comes back; sort the file by user")
                     seen.add(hash(user))
                     yield UserHistory(user, [item for _, item in group])
             else:
-                raise DataError(
-                    f"{path}: columns are {', '.join(columns) or 'none'}; expected 'history', or 'user' and 'item'"
-                )
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, line {reader.line_num + 1}: not readable as CSV in UTF-8: {error}") from None
+                found = ", ".join(columns) or "none"
+                raise DataError(f"{path}: columns are {found}; expected 'history', or 'user' and 'item'")
+        except csv.Error as error:
+            raise DataError(f"{path}, line {lines.number}: not readable as CSV: {error}") from None
 
 
 def _cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
@@ -102,20 +113,18 @@ def _split(text: str, separator: str, path: Path, line: int) -> list[Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[UserHistory]:
-    with path.open(encoding="utf-8-sig") as file:
-        number = 0
-        try:
-            for number, text in enumerate(file, start=1):
-                if not text.strip():
-                    continue
+    with path.open("rb") as file:
+        lines = _Lines(path, file)
+        for text in lines:
+            if not text.strip():
+                continue
+            try:
                 row = json.loads(text)
-                if not isinstance(row, dict) or "history" not in row:
-                    raise DataError(f"{path}, line {number}: expected an object with 'history' (and 'user')")
-                yield UserHistory(row.get("user", number - 1), _checked(row["history"], path, number))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number + 1}: not UTF-8: {error}") from None
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {lines.number}: not JSON: {error}") from None
+            if not isinstance(row, dict) or "history" not in row:
+                raise DataError(f"{path}, line {lines.number}: expected an object with 'history' (and 'user')")
+            yield UserHistory(row.get("user", lines.number - 1), _checked(row["history"], path, lines.number))
 
 
 def _read_parquet(path: Path) -> Iterator[UserHistory]:
@@ -174,7 +183,10 @@ class _Csv:
 
 
 class _Parquet:
-    """One row a user; items have the type of the catalogue's raw ids, users become text unless all are integers."""
+    """One row a user; items have the type of the catalogue's raw ids, users are integers or else text.
+
+    The first batch decides which, since a column has one type; a later user that does not fit is an error.
+    """
 
     def __init__(self, path: Path, item_type: pa.DataType) -> None:
         self.path, self.item_type = path, item_type
@@ -182,22 +194,22 @@ class _Parquet:
 
     def write(self, users: list[Any], results: list[Recommendation]) -> None:
         if self.writer is None:
-            integers = all(isinstance(user, int) for user in users)
-            self.schema = pa.schema(
-                [
-                    ("user", pa.int64() if integers else pa.string()),
-                    ("items", pa.list_(self.item_type)),
-                    ("scores", pa.list_(pa.float32())),
-                    ("unknown", pa.int32()),
-                    ("source", pa.string()),
-                ]
-            )
-            self.writer = pq.ParquetWriter(self.path, self.schema)
+            self._open(pa.int64() if all(_fits_int64(user) for user in users) else pa.string())
+        assert self.writer is not None
         if self.schema.field("user").type == pa.string():
             users = [str(user) for user in users]
+        else:
+            for user in users:
+                if not _fits_int64(user):
+                    raise DataError(f"user {user!r} comes after integers; a Parquet column has one type, use .jsonl")
         columns = [users, *([getattr(r, name) for r in results] for name in ("items", "scores", "unknown", "source"))]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
         self.writer.write_batch(pa.record_batch(arrays, schema=self.schema))
+
+    def _open(self, user_type: pa.DataType) -> None:
+        lists = [("items", pa.list_(self.item_type)), ("scores", pa.list_(pa.float32()))]
+        self.schema = pa.schema([("user", user_type), *lists, ("unknown", pa.int32()), ("source", pa.string())])
+        self.writer = pq.ParquetWriter(self.path, self.schema)
 
     def __enter__(self) -> _Parquet:
         return self
@@ -206,9 +218,13 @@ class _Parquet:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.writer is None and kind is None:
-            self.write([], [])
+            self._open(pa.string())
         if self.writer is not None:
             self.writer.close()
+
+
+def _fits_int64(user: Any) -> bool:
+    return isinstance(user, int) and not isinstance(user, bool) and -(2**63) <= user < 2**63
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from adrec.errors import ConfigError, nearest
-from bench.environment import printable_command, read_environment
 
 Item = TypeVar("Item")
 SPLITS = ("test", "validation")
@@ -56,6 +55,7 @@ def tradeoff(
 
     Exit status 1 when a row failed, 2 for bad input.
     """
+    from bench.environment import printable_command
     from bench.subject import Split
     from bench.timing import TimingProtocol
     from bench.tradeoff import run_tradeoff
@@ -98,6 +98,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a self-contained HTML report, with Markdown and PNG beside it."""
+    from bench.environment import printable_command
     from bench.record import read_records
     from bench.report import write_report
 
@@ -108,6 +109,8 @@ def report(
 
 def env(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Describe the machine, the versions and the revision, as records do."""
+    from bench.environment import read_environment
+
     environment = read_environment().model_dump(mode="json")
     if json_:
         typer.echo(json.dumps(environment, indent=2))

@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 def train(
     data: Annotated[Path, typer.Argument(help="Folder written by `adrec prepare`, or the authors' dataset.pkl.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    model: Annotated[str, typer.Option(help="adrec (three stages) or sasrec (the baseline alone).")] = "adrec",
+    model: Annotated[
+        str | None, typer.Option(help="adrec (three stages, the default) or sasrec (the baseline alone).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML with `model:` and `train:` sections.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override one setting: --set model.padding=masked. Repeatable.")
@@ -56,14 +58,15 @@ def train(
     for section in ("model", "train"):
         values[section] = values.get(section) or {}
     values["model"].setdefault("items", dataset.item_count)
-    values["model"].setdefault("model", model)
+    if model is not None and values["model"].setdefault("model", model) != model:
+        raise ConfigError(f"--model is '{model}', but the settings say '{values['model']['model']}'; drop one")
     if seed is not None:
         values["train"]["seed"] = seed
     if epochs is not None:
         for stage in ("pretrain", "main"):
             values["train"].setdefault(stage, {})["epochs"] = epochs
     run_config = parse(RunConfig, apply_settings(values, settings or []), str(config or "settings"))
-    run = train_run(
+    train_run(
         dataset,
         str(data),
         out,
@@ -74,4 +77,3 @@ def train(
         progress=progress,
         report=lambda line: console.print(line, highlight=False),
     )
-    console.print(f"run written to {run.path}; next: adrec evaluate {run.path}", highlight=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adrec.data.authors_pickle import read_authors_pickle
 from adrec.data.checksum import content_fingerprint, file_sha256
+from adrec.data.item_index import ItemIndex
 from adrec.data.jagged import Jagged
 from adrec.errors import DataError
 
@@ -182,32 +183,12 @@ class Dataset:
         return torch.bincount(self.training_sequences().values, minlength=self.item_count + 1)
 
     def encode_items(self, raw: Sequence[Any]) -> list[int]:
-        """Turn raw ids into item ids; an unknown one becomes 0.
-
-        A raw id is matched as it is first. Where that finds nothing, a string in the usual spelling of an
-        integer also matches the integer id (``"123"`` finds ``123``, ``"0123"`` does not), and an integer
-        matches the string id that spells it.
-        """
-        return [self._encode(value) for value in raw]
+        """Turn raw ids into item ids, see `ItemIndex`; an unknown one becomes 0."""
+        return [self._item_index[value] for value in raw]
 
     @cached_property
-    def _item_index(self) -> dict[Any, int]:
-        return {raw: item for item, raw in enumerate(self.item_ids.to_pylist(), start=1)}
-
-    def _encode(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
-            return 0
-        index = self._item_index
-        found = index.get(value, 0)
-        if found:
-            return found
-        if isinstance(value, str):
-            try:
-                number = int(value)
-            except ValueError:
-                return 0
-            return index.get(number, 0) if str(number) == value else 0
-        return index.get(str(value), 0)
+    def _item_index(self) -> ItemIndex:
+        return ItemIndex(self.item_ids)
 
     def _prefixes(self, users: Tensor, lengths: Tensor) -> Jagged:
         """The first ``lengths[r]`` values of each row ``users[r]``."""

@@ -87,8 +87,15 @@ class Engine(ABC):
             raise ValueError(
                 f"history {row} is empty; an engine needs 1 item or more (Recommender falls back to popularity)"
             )
+        if int(histories.values.min()) < 1 or int(histories.values.max()) > self.model.config.items:
+            span = f"{int(histories.values.min())} to {int(histories.values.max())}"
+            raise ValueError(f"item ids span {span}; allowed: 1 to {self.model.config.items} (0 is padding)")
         histories = histories.tail(self.model.config.max_length)
         source: PhiloxNoise | ExplicitNoise
+        if noise is not None and noise.shape[1:] != (len(histories), self.model.config.width):
+            raise ValueError(f"noise is {tuple(noise.shape)}; expected [steps + 1, {len(histories)}, width]")
+        if row_keys is not None and row_keys.shape != (len(histories),):
+            raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
         if noise is not None:
             source = ExplicitNoise(noise.to(self.device))
         else:
@@ -110,6 +117,8 @@ class Engine(ABC):
         items = self.model.config.items
         if not 1 <= k <= items:
             raise ValueError(f"k is {k}; allowed: 1 to {items}, the size of the catalogue")
+        if exclude is not None and len(exclude) != rows.shape[0]:
+            raise ValueError(f"exclude has {len(exclude)} rows; expected {rows.shape[0]}, one for each representation")
         chunk = max(k, min(items, SCORES_BUDGET // max(1, rows.shape[0])))
         best = TopK(
             torch.zeros(rows.shape[0], 0, dtype=torch.int64, device=rows.device), rows.new_zeros(rows.shape[0], 0)

@@ -13,6 +13,7 @@ from adrec.data.jagged import Jagged
 CUTOFFS = (5, 10, 20)
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in CUTOFFS)
 SCORES_BUDGET = 2**25
+TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class Interval:
 def target_ranks(rows: Tensor, table: Tensor, targets: Tensor, exclude: Jagged | None = None) -> Tensor:
     """Rank of each target among all N items, 0 is best; ties count against the target. Returns `[B]` int64.
 
+    Scores within 1e-6 of each other, relatively, are ties: equal rows of the table may differ by that much after a
+    matrix product. Scores that are not numbers tie with everything, so a diverged model ranks last.
+
     rows: `[B, D]`. table: `[N + 1, D]`, row 0 is padding and takes no part. targets: `[B]` int64 in 1..N. exclude:
-    items that cannot be recommended to each row; a target among them ranks last, at N. Works in item chunks, never
-    holding more than 2^25 scores.
+    items that cannot be recommended to each row; a target among them counts as a miss at every cutoff. Works in item
+    chunks, never holding more than 2^25 scores.
     """
     items = table.shape[0] - 1
     chunk = max(1, min(items, SCORES_BUDGET // max(1, rows.shape[0])))
     spans = [(first, min(first + chunk, items + 1)) for first in range(1, items + 1, chunk)]
-    # The target's score is taken from the same product as the others', so that true ties stay ties in floating point.
     own = torch.empty_like(rows[:, 0])
     single = rows @ table[1:].T if len(spans) == 1 else None
     for first, last in spans:
@@ -48,7 +51,7 @@ def target_ranks(rows: Tensor, table: Tensor, targets: Tensor, exclude: Jagged |
     owners = None if exclude is None else exclude_owners(exclude)
     for first, last in spans:
         scores = single if single is not None else rows @ table[first:last].T
-        at_least = scores >= own[:, None]
+        at_least = ~(scores < (own - TIE * own.abs())[:, None])
         if exclude is not None and owners is not None:
             here = (exclude.values >= first) & (exclude.values < last)
             at_least[owners[here], exclude.values[here] - first] = False
@@ -57,7 +60,7 @@ def target_ranks(rows: Tensor, table: Tensor, targets: Tensor, exclude: Jagged |
         ranks += at_least.sum(1)
     if exclude is not None and owners is not None:
         hidden = owners[exclude.values == targets[owners]]
-        ranks[hidden] = items
+        ranks[hidden] = max(items, *CUTOFFS)
     return ranks
 
 

@@ -77,7 +77,8 @@ def popularity_evaluation(
         scores = (ones @ table[1:].T).clone()
         if exclude is not None:
             scores[exclude_owners(exclude), exclude.values - 1] = -torch.inf
-        tops.append(scores.topk(listed, -1).indices + 1)
+        best = scores.topk(listed, -1)
+        tops.append((best.indices + 1).masked_fill(best.values == -torch.inf, 0))
     return _evaluation(ranks, tops, bootstrap)
 
 

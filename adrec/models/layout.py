@@ -2,7 +2,7 @@
 
 Linear layers, norms and losses run over the packed tokens, so padding costs nothing there. Only attention needs a
 rectangle; users are sorted by length inside the batch and cut into groups whose lengths differ by a quarter at most
-(exactly one length up to four tokens), so the rectangle is almost full. Sorting inside a batch changes neither who is
+(exactly one length up to three tokens), so the rectangle is almost full. Sorting inside a batch changes neither who is
 in it nor any sum over it: a batch stays a random sample of users.
 """
 

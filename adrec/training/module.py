@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from adrec.config import OptimiserConfig, TrainConfig
 from adrec.data.dataset import Dataset
@@ -48,12 +49,21 @@ class StageModule(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.model = model
+        # Evaluated and kept instead of the last weights, where the optimiser's settings ask for it.
+        self.average: AveragedModel | None = None
+        if optimiser.average_decay > 0.0:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optimiser.average_decay))
         self.train_config, self.optimiser_config, self.stage = train, optimiser, stage
         self.frozen_epochs, self.validation_steps = frozen_epochs, validation_steps
         self.sequences = dataset.training_sequences()
         self.validation = dataset.examples("validation")
         self.validation_ranks: list[Tensor] = []
         self.losses: list[Tensor] = []
+
+    @property
+    def kept_model(self) -> SequenceModel:
+        """The network whose weights are validated and end in the run."""
+        return self.model if self.average is None else cast(SequenceModel, self.average.module)
 
     @property
     def table_frozen(self) -> bool:
@@ -104,24 +114,29 @@ class StageModule(lightning.LightningModule):
         if self.model.table.grad is not None:
             self.model.table.grad[0] = 0.0
         optimiser.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         loss = torch.stack([part.detach() for part in losses]).sum()
         self.losses.append(loss)
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss, prog_bar=True, rank_zero_only=True)
 
     def on_train_epoch_end(self) -> None:
         scheduler: Any = self.lr_schedulers()
-        self.log("learning_rate", scheduler.get_last_lr()[0])
+        self.log("learning_rate", scheduler.get_last_lr()[0], rank_zero_only=True)
         self.log("train_loss", torch.stack(self.losses).mean(), sync_dist=True)
         self.losses.clear()
         scheduler.step()
 
     def validation_step(self, rows: Tensor, index: int) -> None:
-        engine = CachedEngine(self.model)
         histories = self.validation.histories.select(rows.cpu())
         steps = self.validation_steps if isinstance(self.model, ADRec) else None
-        represented = engine.represent(histories, steps, row_keys=self.validation.users[rows.cpu()])
         targets = self.validation.targets[rows.cpu()].to(self.device)
-        self.validation_ranks.append(target_ranks(represented, self.model.table.detach(), targets))
+        # Rankings are computed in full precision, whatever training uses.
+        with torch.autocast(self.device.type, enabled=False):
+            model = self.kept_model
+            engine = CachedEngine(model)
+            represented = engine.represent(histories, steps, row_keys=self.validation.users[rows.cpu()])
+            self.validation_ranks.append(target_ranks(represented, model.table.detach(), targets))
 
     def on_validation_epoch_end(self) -> None:
         ranks = torch.cat(self.validation_ranks) if self.validation_ranks else torch.zeros(0, dtype=torch.int64)
@@ -132,7 +147,7 @@ class StageModule(lightning.LightningModule):
         values = torch.tensor([metrics[name] * share if share else 0.0 for name in METRICS] + [share]).double()
         values = self._sum_over_processes(values.to(self.device))
         for name, value in zip(METRICS, (values[:-1] / values[-1]).tolist(), strict=True):
-            self.log(f"val_{name}", value, prog_bar=f"val_{name}" == MONITOR)
+            self.log(f"val_{name}", value, prog_bar=f"val_{name}" == MONITOR, sync_dist=True)
 
     def _losses(self, batch: TokenBatch) -> list[Tensor]:
         budget, model = self.train_config.logits_budget, self.model

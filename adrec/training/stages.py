@@ -13,7 +13,8 @@ import lightning
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from adrec.checkpoint import BASELINE, RUN_FILE, WEIGHTS, Run, load_run, save_run
 from adrec.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, load_yaml, write_text
@@ -21,6 +22,7 @@ from adrec.data.dataset import Dataset
 from adrec.errors import ConfigError, DataError, RunError
 from adrec.models import ADRec, build_model
 from adrec.training.batches import derive_seed, useful_tokens
+from adrec.training.logs import stage_loggers
 from adrec.training.module import MONITOR, StageModule
 
 CHECKPOINTS, LOGS, JOB = "checkpoints", "logs", "job.yaml"
@@ -33,6 +35,20 @@ class _Progress(RichProgressBar):
         metrics = super().get_metrics(*arguments, **options)
         metrics.pop("v_num", None)
         return metrics
+
+
+class _MovableCheckpoint(ModelCheckpoint):
+    """Keeps what it knew about the best weights when a run folder was moved between an interruption and --resume."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        folder = str(self.dirpath)
+
+        def here(path: str) -> str:
+            return str(Path(folder) / Path(path).name) if path else path
+
+        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": folder})
 
 
 class _EpochTimes(Callback):
@@ -75,6 +91,9 @@ def train_run(
     """
     train = settings.train or TrainConfig()
     settings = settings.model_copy(update={"train": train})
+    if getattr(rank_zero_only, "rank", 0) > 0:
+        # Lightning starts the other processes by running the same command again, after this one has claimed `out`.
+        resume, report = True, _silent
     _check(dataset, out, settings, resume)
     _claim(out, settings, dataset.fingerprint)
     share = useful_tokens(dataset.training_sequences(), settings.model.max_length, train.batch_size, train.seed)
@@ -84,7 +103,9 @@ def train_run(
     )
     job = _Job(dataset, data_path, train, accelerator, devices, progress, report)
     if settings.model.model == "sasrec":
-        return job.stage(settings.model, out, train.pretrain, "pretrain", out)
+        run = job.stage(settings.model, out, train.pretrain, "pretrain", out)
+        report(f"run written to {out}; next: adrec evaluate {out}")
+        return run
     if (out / BASELINE / RUN_FILE).is_file():
         report("stage 1 is finished, using its item table")
         baseline = load_run(out / BASELINE)
@@ -93,9 +114,14 @@ def train_run(
         body = settings.model.baseline(train.pretrain_positions)
         baseline = job.stage(body, out / BASELINE, train.pretrain, "pretrain", out)
     report(f"stages 2 and 3: warm up {train.warmup_epochs} epochs with the table frozen, then train everything")
-    return job.stage(
-        settings.model, out, train.main, "main", out, table=baseline.model.table.detach(), frozen=train.warmup_epochs
-    )
+    table = baseline.model.table.detach()
+    run = job.stage(settings.model, out, train.main, "main", out, table=table, frozen=train.warmup_epochs)
+    report(f"run written to {out}; next: adrec evaluate {out}")
+    return run
+
+
+def _silent(line: str) -> None:
+    """Report nothing."""
 
 
 class _Job:
@@ -131,49 +157,59 @@ class _Job:
             model.load_table(table)
         module = StageModule(model, self.dataset, self.train, optimiser, name, frozen_epochs=frozen)
         folder = out / CHECKPOINTS / name
-        best = ModelCheckpoint(
+        best = _MovableCheckpoint(
             folder, "best", monitor=MONITOR, mode="max", save_weights_only=True, enable_version_counter=False
         )
-        last = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        last = _MovableCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         times = _EpochTimes()
+        stopping = EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False)
         callbacks: list[Callback] = [
             best,
             last,
             times,
-            EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False),
+            stopping,
         ]
         if self.progress:
             callbacks.append(_Progress())
         resumed = folder / "last.ckpt"
         with warnings.catch_warnings():
             _quiet_lightning()
-            trainer = self._trainer(optimiser, callbacks, out / LOGS, name)
-            trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
+            epochs = _read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
+            trainer = self._trainer(optimiser, callbacks, stage_loggers(out / LOGS, name, epochs))
+            if trainer.world_size > self.train.batch_size:
+                raise ConfigError(
+                    f"train.batch_size is {self.train.batch_size}; allowed: {trainer.world_size} or more, one user for"
+                    " each process"
+                )
+            # Interrupted between early stopping and writing the run, there is nothing left to train.
+            if not _ended(resumed, stopping, best):
+                trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
+                epochs = trainer.current_epoch
         if not best.best_model_path:
             raise RunError(
                 f"{name}: no validation was run in {optimiser.epochs} epochs;"
                 f" set validate_every ({optimiser.validate_every}) to at most epochs"
             )
-        weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+        weights = _read_checkpoint(Path(best.best_model_path))["state_dict"]
+        prefix = "model." if module.average is None else "average.module."
+        kept = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        model.load_state_dict(kept)
         seconds = sorted(times.seconds)
+        reached = float(best.best_model_score or 0.0)
         metrics = {
-            "validation": {MONITOR.removeprefix("val_"): float(best.best_model_score or 0.0)},
-            "epochs": trainer.current_epoch,
+            "validation": {MONITOR.removeprefix("val_"): reached},
+            "epochs": epochs,
             "epoch_seconds_median": seconds[len(seconds) // 2] if seconds else None,
         }
         if trainer.is_global_zero:
             settings = RunConfig(model=config, train=self.train)
             save_run(target, settings, model, self.dataset, self.data_path, metrics)
         trainer.strategy.barrier()
-        self.report(
-            f"{config.model}: best validation NDCG@20 {metrics['validation']['NDCG@20']:.2f} % in"  # type: ignore[index]
-            f" {trainer.current_epoch} epochs -> {target / WEIGHTS}"
-        )
+        self.report(f"{config.model}: best validation NDCG@20 {reached:.2f} % in {epochs} epochs -> {target / WEIGHTS}")
         return load_run(target)
 
     def _trainer(
-        self, optimiser: OptimiserConfig, callbacks: list[Callback], logs: Path, name: str
+        self, optimiser: OptimiserConfig, callbacks: list[Callback], loggers: list[Logger]
     ) -> lightning.Trainer:
         return lightning.Trainer(
             accelerator=self.accelerator,
@@ -183,10 +219,7 @@ class _Job:
             check_val_every_n_epoch=min(optimiser.validate_every, optimiser.epochs),
             num_sanity_val_steps=0,
             callbacks=callbacks,
-            logger=[
-                CSVLogger(logs, name="csv", version=name),
-                TensorBoardLogger(logs, name="tensorboard", version=name),
-            ],
+            logger=loggers,
             use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=1,
             enable_model_summary=False,
@@ -210,6 +243,26 @@ def _check(dataset: Dataset, out: Path, settings: RunConfig, resume: bool) -> No
         raise DataError(f"data set '{dataset.name}' has no validation example; early stopping needs 1 or more")
     if int((dataset.training_sequences().lengths >= 2).sum()) == 0:
         raise DataError(f"data set '{dataset.name}' has no user with 2 training interactions or more")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a training checkpoint (tensors and plain values only); raises RunError naming a damaged one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; all mean the same to the user
+        kind = type(error).__name__
+        raise RunError(f"{path}: the checkpoint cannot be read ({kind}); remove it to start its stage again") from None
+
+
+def _ended(last: Path, stopping: EarlyStopping, best: ModelCheckpoint) -> bool:
+    """Whether an interrupted stage had already stopped early; then ``best`` is told where the best weights are."""
+    if not last.is_file():
+        return False
+    states = _read_checkpoint(last)["callbacks"]
+    if states[stopping.state_key]["wait_count"] < stopping.patience:
+        return False
+    best.load_state_dict(states[best.state_key])
+    return True
 
 
 def _claim(out: Path, settings: RunConfig, fingerprint: str) -> None:
@@ -239,10 +292,12 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 def _quiet_lightning() -> None:
     # Its notes about accelerators and its advertisements say nothing that the milestones do not.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
         ".*treespec, LeafSpec.*",
         ".*does not have many workers.*",
         ".*is not an instance of.*",
         ".*Checkpoint directory.*exists.*",
+        ".*Experiment logs directory.*exists.*",
     ):
         warnings.filterwarnings("ignore", message)

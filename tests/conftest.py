@@ -1,0 +1,71 @@
+"""What every test folder shares: a tiny model with random weights, a tiny learnable data set, the reference files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+
+from adrec.config import ModelConfig
+from adrec.data.dataset import Dataset
+from adrec.models import build_model
+from adrec.models.base import SequenceModel
+
+TESTS = Path(__file__).resolve().parent
+ITEMS, WIDTH, HEADS, USERS = 40, 16, 2, 60
+
+
+class ModelFactory(Protocol):
+    """Builds a model of 40 items, width 16 and 2 heads; keywords override settings of `ModelConfig`."""
+
+    def __call__(self, *, seed: int = 0, **overrides: Any) -> SequenceModel: ...
+
+
+def make_tiny_model(*, seed: int = 0, **overrides: Any) -> SequenceModel:
+    """Model in eval mode whose every parameter is random, so that no bias or gain hides by being 0 or 1."""
+    config = ModelConfig(**{"items": ITEMS, "width": WIDTH, "heads": HEADS, **overrides})
+    torch.manual_seed(seed)
+    model = build_model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias") or "norm" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelFactory:
+    """A factory: ``tiny_model(timesteps=8, padding="masked")`` is a model of 40 items with random weights."""
+    return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset() -> Dataset:
+    """60 users, 40 items, leave-one-out; item i is always followed by i + 1 (40 by 1), so a model can learn it."""
+    rows = []
+    for user in range(USERS):
+        start, length = user * 7 % ITEMS, 4 + user * 5 % 13
+        rows.append([(start + place) % ITEMS + 1 for place in range(length)])
+    return Dataset.from_lists(
+        [row[:-2] for row in rows], [[row[-2]] for row in rows], [[row[-1]] for row in rows], name="tiny"
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_path() -> Callable[[str], Path]:
+    """Path of a reference file of the authors' code: a copy in tests/golden, or the folder kept next to the checkout.
+
+    ``golden_path("adrec_small.npz")``; skips the test when neither place has the file.
+    """
+
+    def find(name: str) -> Path:
+        beside = TESTS.parents[1] / "shared" / "golden"
+        for folder in (TESTS / "golden", beside):
+            if (folder / name).is_file():
+                return folder / name
+        pytest.skip(f"reference file {name} is neither in tests/golden nor in shared/golden next to the checkout")
+
+    return find
