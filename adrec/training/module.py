@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning
 import torch
 import torch.distributed
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from adrec.config import OptimiserConfig, TrainConfig
 from adrec.data.dataset import Dataset
@@ -25,6 +25,21 @@ from adrec.training.gradients import merge_gradients
 
 MONITOR = "val_NDCG@20"
 VALIDATION_BATCH = 512
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Exponential moving average whose decay grows as ``(1 + n) / (4 + n)`` up to ``decay`` over the first n steps.
+
+    A fixed decay would keep the random start in the average of a short training; this one always covers about the last
+    third of the steps until it reaches its full length.
+    """
+
+    def update(averages: Tensors, weights: Tensors, steps: Tensor | int) -> None:
+        count = int(steps)
+        torch._foreach_lerp_(averages, weights, 1.0 - min(decay, (1 + count) / (4 + count)))
+
+    return update
 
 
 class StageModule(lightning.LightningModule):
@@ -52,7 +67,7 @@ class StageModule(lightning.LightningModule):
         # Evaluated and kept instead of the last weights, where the optimiser's settings ask for it.
         self.average: AveragedModel | None = None
         if optimiser.average_decay > 0.0:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optimiser.average_decay))
+            self.average = AveragedModel(model, multi_avg_fn=moving_average(optimiser.average_decay))
         self.train_config, self.optimiser_config, self.stage = train, optimiser, stage
         self.frozen_epochs, self.validation_steps = frozen_epochs, validation_steps
         self.sequences = dataset.training_sequences()

@@ -93,14 +93,24 @@ def test_settings_are_frozen() -> None:
         config.items = 6  # type: ignore[misc]
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_architecture_is_the_papers() -> None:
     config = ModelConfig(items=5)
     assert (config.width, config.heads, config.max_length, config.timesteps) == (128, 4, 50, 32)
-    assert (config.dropout, config.embedding_dropout, config.lambda_uncertainty) == (0.1, 0.3, 0.001)
-    assert config.schedule == "trunc_lin"
-    train = TrainConfig()
-    assert (train.batch_size, train.main.learning_rate, train.main.weight_decay) == (512, 1e-3, 1e-5)
-    assert (train.main.cosine_epochs, train.main.validate_every, train.main.patience) == (500, 5, 4)
+    assert (config.schedule, config.lambda_uncertainty) == ("trunc_lin", 0.001)
+    main = TrainConfig().main
+    assert (main.learning_rate, main.weight_decay, main.cosine_epochs) == (1e-3, 1e-5, 500)
+
+
+def test_the_recipe_restores_the_papers_training() -> None:
+    values = load_yaml(Path(__file__).resolve().parents[2] / "bench" / "recipes" / "paper.yaml")
+    values["model"]["items"] = 5
+    run = parse(RunConfig, values, "recipe")
+    train = run.train
+    assert train is not None
+    assert (run.model.dropout, run.model.embedding_dropout, run.model.positions) == (0.1, 0.3, "none")
+    assert (train.batch_size, train.pretrain_positions, train.frozen_decay, train.pcgrad) == (512, "none", True, False)
+    for stage in (train.pretrain, train.main):
+        assert (stage.average_decay, stage.cosine_epochs, stage.validate_every, stage.patience) == (0.0, 500, 5, 4)
 
 
 def test_the_stage_one_body_has_no_diffusion() -> None:
