@@ -37,8 +37,8 @@ class ModelConfig(StrictModel):
     encoder_blocks: int = Field(2, ge=1)
     denoiser: Literal["att", "mlp"] = "att"
     denoiser_blocks: int = Field(2, ge=1)
-    dropout: float = Field(0.2, ge=0.0, lt=1.0, description="paper: 0.1")
-    embedding_dropout: float = Field(0.4, ge=0.0, lt=1.0, description="paper: 0.3")
+    dropout: float = Field(0.3, ge=0.0, lt=1.0, description="paper: 0.1")
+    embedding_dropout: float = Field(0.5, ge=0.0, lt=1.0, description="paper: 0.3")
     padding: Literal["released", "masked"] = Field(
         "released", description="released: real positions attend to the padding, as the published weights do"
     )
@@ -64,10 +64,17 @@ class ModelConfig(StrictModel):
             )
         return self
 
-    def baseline(self, positions: Positions) -> ModelConfig:
+    def baseline(self, train: TrainConfig) -> ModelConfig:
         """The SASRec+ body of stage 1: same items, width, blocks and padding, no diffusion."""
         return self.model_copy(
-            update={"model": "sasrec", "positions": positions, "condition_dropout": 0.0, "guidance_scale": 1.0}
+            update={
+                "model": "sasrec",
+                "positions": train.pretrain_positions,
+                "dropout": train.pretrain_dropout,
+                "embedding_dropout": train.pretrain_embedding_dropout,
+                "condition_dropout": 0.0,
+                "guidance_scale": 1.0,
+            }
         )
 
 
@@ -94,6 +101,8 @@ class TrainConfig(StrictModel):
     pretrain_positions: Positions = Field(
         "learned", description="positions of the stage-1 body, which is also the SASRec+ baseline"
     )
+    pretrain_dropout: float = Field(0.2, ge=0.0, lt=1.0, description="dropout of the stage-1 body; paper: 0.1")
+    pretrain_embedding_dropout: float = Field(0.4, ge=0.0, lt=1.0, description="likewise; paper: 0.3")
     main: OptimiserConfig = OptimiserConfig()
     warmup_epochs: int = Field(5, ge=0, description="epochs of stage 2, with the item table frozen")
     frozen_decay: bool = Field(

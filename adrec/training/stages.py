@@ -111,7 +111,7 @@ def train_run(
         baseline = load_run(out / BASELINE)
     else:
         report("stage 1 of 3: pre-train the item table (SASRec+)")
-        body = settings.model.baseline(train.pretrain_positions)
+        body = settings.model.baseline(train)
         baseline = job.stage(body, out / BASELINE, train.pretrain, "pretrain", out)
     report(f"stages 2 and 3: warm up {train.warmup_epochs} epochs with the table frozen, then train everything")
     table = baseline.model.table.detach()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from adrec.checkpoint import save_run
-from adrec.config import ModelConfig, RunConfig
+from adrec.config import ModelConfig, RunConfig, TrainConfig
 from adrec.data.dataset import Dataset
 from adrec.models import build_model
 from bench.record import TradeoffRecord
@@ -50,7 +50,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     run, data = folder / "run", str(folder / "data")
     save_run(run, RunConfig(model=config), build_model(config), dataset, data, {})
-    baseline = config.baseline("learned")
+    baseline = config.baseline(TrainConfig())
     save_run(run / "baseline", RunConfig(model=baseline), build_model(baseline), dataset, data, {})
     return run
 

@@ -115,7 +115,7 @@ def test_the_recipe_restores_the_papers_training() -> None:
 
 def test_the_stage_one_body_has_no_diffusion() -> None:
     config = ModelConfig(items=5, width=6, heads=3, padding="masked", condition_dropout=0.3, guidance_scale=2.0)
-    body = config.baseline("learned")
+    body = config.baseline(TrainConfig())
     assert (body.model, body.positions, body.items, body.width, body.heads) == ("sasrec", "learned", 5, 6, 3)
     assert (body.padding, body.condition_dropout, body.guidance_scale) == ("masked", 0.0, 1.0)
 
