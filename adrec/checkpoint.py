@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adrec.config import RunConfig, StrictModel, load_yaml, parse, write_text
+from adrec.config import ModelConfig, RunConfig, StrictModel, load_yaml, parse
 from adrec.data.dataset import Dataset, tool_version
 from adrec.errors import ConfigError, RunError
+from adrec.files import replacing, write_text
 from adrec.models import build_model
 from adrec.models.base import SequenceModel
 
@@ -46,6 +46,7 @@ class RunInfo(StrictModel):
     dataset_fingerprint: str
     data_path: str
     model_fingerprint: str
+    config_sha256: str
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Run:
     metrics: dict[str, Any]
 
     @property
-    def config(self) -> Any:
+    def config(self) -> ModelConfig:
         return self.settings.model
 
     @property
@@ -98,14 +99,12 @@ def save_run(
     path.mkdir(parents=True, exist_ok=True)
     (path / RUN_FILE).unlink(missing_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    temporary = path / f".{WEIGHTS}.{os.getpid()}.tmp"
-    save_file(state, temporary)
-    temporary.replace(path / WEIGHTS)
+    with replacing(path / WEIGHTS) as temporary:
+        save_file(state, temporary)
     write_text(path / CONFIG, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     table = pa.table({"raw": dataset.item_ids, "count": pa.array(dataset.item_counts()[1:].numpy())})
-    temporary = path / f".{ITEMS}.{os.getpid()}.tmp"
-    pq.write_table(table, temporary)
-    temporary.replace(path / ITEMS)
+    with replacing(path / ITEMS) as temporary:
+        pq.write_table(table, temporary)
     write_metrics(path, metrics)
     info = RunInfo(
         tool_version=tool_version(),
@@ -113,6 +112,7 @@ def save_run(
         dataset_fingerprint=dataset.fingerprint,
         data_path=data_path,
         model_fingerprint=model_fingerprint(state),
+        config_sha256=_sha256(path / CONFIG),
     )
     write_text(path / RUN_FILE, info.model_dump_json(indent=2) + "\n")
 
@@ -146,6 +146,8 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         raise RunError(f"{path}: {CONFIG} does not describe the weights: {error}") from None
     if items.num_rows != settings.model.items:
         raise RunError(f"{path / ITEMS}: {items.num_rows} items, but the model has {settings.model.items}")
+    if _read(path / CONFIG, _sha256) != info.config_sha256:
+        raise RunError(f"{path / CONFIG}: was changed or cut after the run was written; restore the file")
     counts = torch.zeros(items.num_rows + 1, dtype=torch.int64)
     counts[1:] = torch.from_numpy(items["count"].to_numpy().copy())
     raw = items["raw"].combine_chunks()
@@ -161,6 +163,10 @@ def _read(file: Path, reader: Callable[[Path], Content]) -> Content:
         return reader(file)
     except (ConfigError, OSError, ValueError, SafetensorError, pa.ArrowException) as error:
         raise RunError(f"{file}: the run cannot be read: {error}") from None
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _json(file: Path) -> Any:

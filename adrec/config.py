@@ -6,7 +6,6 @@ Beauty; ``bench/recipes/paper.yaml`` restores the paper's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adrec.errors import ConfigError, nearest
-from adrec.schedule import ScheduleName
+from adrec.schedule import ScheduleName, diffusion_table, named_betas
 
 Positions = Literal["none", "learned", "released"]
 
@@ -23,7 +22,7 @@ Positions = Literal["none", "learned", "released"]
 class StrictModel(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(StrictModel):
@@ -57,6 +56,12 @@ class ModelConfig(StrictModel):
     def _consistent(self) -> ModelConfig:
         if self.width % self.heads or self.width % 2:
             raise ValueError(f"width is {self.width}; allowed: even multiples of heads ({self.heads})")
+        if self.model == "adrec":
+            # A schedule that does not exist at T steps must be refused before stage 1 has been trained.
+            try:
+                diffusion_table(named_betas(self.schedule, self.timesteps))
+            except ConfigError as error:
+                raise ValueError(f"schedule and timesteps do not fit: {error}") from None
         if self.guidance_scale != 1.0 and self.condition_dropout == 0.0:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale} but condition_dropout is 0: the model never learns the"
@@ -144,16 +149,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all (temporary file, then rename)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _explain(kind: type[BaseModel], issue: Any) -> str:
     location = issue["loc"]
     key = ".".join(str(part) for part in location) or "settings"
@@ -166,4 +161,9 @@ def _explain(kind: type[BaseModel], issue: Any) -> str:
             )
         allowed = list(owner.model_fields)
         return f"unknown key '{key}'{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
-    return f"{key} is {issue['input']!r}: {issue['msg'].removeprefix('Value error, ')}"
+    reason = issue["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if issue["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{key} is {issue['input']!r}; expected a section of settings (key: value lines)"
+    if issue["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key} is {issue['input']!r}; {'' if issue['type'] == 'value_error' else 'allowed: '}{reason}"

@@ -29,6 +29,13 @@ class NotSupportedError(AdrecError):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return ``" (did you mean 'x'?)"`` for the closest allowed name, or an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    """Return ``" (did you mean 'x'?)"`` for the closest allowed name, or an empty string.
+
+    A name that resembles one part of a longer name also counts: ``lamda`` finds ``lambda_uncertainty``.
+    """
+    names = list(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:
+        parts = {part: whole for whole in reversed(names) for part in whole.split("_")}
+        close = [parts[part] for part in difflib.get_close_matches(name, list(parts), n=1, cutoff=0.7)]
     return f" (did you mean '{close[0]}'?)" if close else ""

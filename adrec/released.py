@@ -63,7 +63,7 @@ def read_released(path: Any) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here; all mean the same to the user
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = type(error).__name__
         raise RunError(
             f"{path}: not a plain state dict of tensors ({reason}). Files that need code to load are refused; save"
             " `model.state_dict()` with torch.save and import that"

@@ -53,7 +53,8 @@ def named_betas(name: str, steps: int) -> np.ndarray:
             warnings.warn(
                 f"schedule 'trunc_lin' at {steps} steps (20 or fewer) ends at beta {end:.3f} and keeps about half of"
                 " the signal; train with 32 steps and sample with fewer instead",
-                stacklevel=2,
+                # Said of this line, whoever asks, so that a process says it once.
+                stacklevel=1,
             )
         return np.linspace(scale * 1e-4 + 0.01, end, steps, dtype=np.float64)
     if name == "pw_lin":

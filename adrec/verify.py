@@ -43,6 +43,9 @@ _OPTIONS = {
     "independent": "independent_noise",
 }
 
+# What a file may say of itself besides the options.
+_NOTES = ("model", "B", "seed")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -77,7 +80,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except Exception as error:  # numpy and zipfile raise many kinds; all mean a damaged or foreign file
-        raise DataError(f"{path}: cannot be read as a reference file (.npz without pickles): {error}") from None
+        kind = type(error).__name__
+        raise DataError(f"{path}: cannot be read as a reference file (.npz without pickles): {kind}") from None
     if "meta" not in arrays:
         raise DataError(f"{path}: holds no 'meta'; expected a model reference file, found {sorted(arrays)[:5]}")
     try:
@@ -93,10 +97,45 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     needed = ["hist", "target", "train_out", "train_ce", "sample_last", "scores", "topk"]
     needed += ["train_t", "train_noise", "train_mse", "sample_noise"] if meta["model"] == "adrec" else []
     missing = [name for name in needed if name not in arrays]
-    missing += [prefix for prefix in ("w/...", "g/...") if not any(name.startswith(prefix[:2]) for name in arrays)]
+    missing += [f"g/{name[2:]}" for name in arrays if name.startswith("w/") and f"g/{name[2:]}" not in arrays]
+    if not any(name.startswith("w/") for name in arrays):
+        missing.append("w/...")
     if missing:
         raise DataError(f"{path}: lacks {', '.join(missing)}")
+    unknown = sorted(set(meta) - {*_OPTIONS, *_NOTES})
+    if unknown:
+        raise NotSupportedError(f"{path}: option '{unknown[0]}' in 'meta' is not supported; {', '.join(_OPTIONS)} are")
+    _check_shapes(arrays, meta, path)
     return arrays, meta
+
+
+def _check_shapes(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Path) -> None:
+    try:
+        B, L, N, D, T = (int(meta[name]) for name in "BLNDT")
+    except (KeyError, TypeError, ValueError):
+        raise DataError(f"{path}: 'meta' must hold whole numbers B, L, N, D and T") from None
+    shapes: dict[str, tuple[int, ...]] = {
+        "hist": (B, L),
+        "target": (B, L),
+        "train_out": (B, L, D),
+        "sample_last": (B, D),
+        "scores": (B, N + 1),
+    }
+    limits = {"hist": N, "target": N, "topk": N}
+    if meta["model"] == "adrec":
+        shapes |= {"train_noise": (B, L, D), "sample_noise": (T + 1, B, D)}
+        limits["train_t"] = T - 1
+        shapes["train_t"] = (B, L) if arrays["train_t"].ndim == 2 else (B,)
+    if arrays["topk"].ndim != 2 or not 1 <= arrays["topk"].shape[1] <= N:
+        raise DataError(f"{path}: 'topk' has shape {arrays['topk'].shape}; expected [{B}, k] with k from 1 to {N}")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise DataError(f"{path}: '{name}' has shape {arrays[name].shape}; expected {shape}")
+    for name, limit in limits.items():
+        if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() <= limit:
+            raise DataError(
+                f"{path}: '{name}' spans {arrays[name].min()} to {arrays[name].max()}; allowed: 0 to {limit}"
+            )
 
 
 def _model(arrays: dict[str, np.ndarray], meta: dict[str, Any], where: str) -> SequenceModel:
@@ -143,7 +182,7 @@ def _training_checks(model: SequenceModel, arrays: dict[str, np.ndarray]) -> lis
     differences = {
         name: float((parameter.grad - expected[name]).abs().max() / expected[name].abs().max())
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and name in expected
+        if parameter.grad is not None
     }
     # A gradient that is not a number is the worst of all, and compares as nothing.
     differences = {name: math.inf if math.isnan(value) else value for name, value in differences.items()}

@@ -49,6 +49,11 @@ class Jagged:
         """Row lengths, `[B]` int64."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    @property
+    def rows(self) -> Tensor:
+        """Row of each value, `[M]` int64."""
+        return torch.arange(len(self), device=self.offsets.device).repeat_interleave(self.lengths)
+
     def tail(self, longest: int) -> Jagged:
         """Keep the last ``longest`` values of every row (the most recent part of a history)."""
         lengths = self.lengths

@@ -92,8 +92,13 @@ class Engine(ABC):
             raise ValueError(f"item ids span {span}; allowed: 1 to {self.model.config.items} (0 is padding)")
         histories = histories.tail(self.model.config.max_length)
         source: PhiloxNoise | ExplicitNoise
-        if noise is not None and noise.shape[1:] != (len(histories), self.model.config.width):
-            raise ValueError(f"noise is {tuple(noise.shape)}; expected [steps + 1, {len(histories)}, width]")
+        table = self.table(steps)
+        if noise is not None and (row_keys is not None or table is None):
+            raise ValueError("noise was given with row_keys, or to a model that draws none; give one of them at most")
+        if noise is not None and table is not None:
+            expected = (table.steps + 1, len(histories), self.model.config.width)
+            if noise.shape != expected:
+                raise ValueError(f"noise is {tuple(noise.shape)}; expected {expected}: steps + 1, histories, width")
         if row_keys is not None and row_keys.shape != (len(histories),):
             raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
         if noise is not None:
@@ -101,7 +106,7 @@ class Engine(ABC):
         else:
             keys = history_keys(histories) if row_keys is None else row_keys
             source = PhiloxNoise(seed, keys.to(self.device), self.model.config.width)
-        return self.sample(self.encode(histories.to(self.device)), self.table(steps), source)
+        return self.sample(self.encode(histories.to(self.device)), table, source)
 
     @torch.inference_mode()
     def score(self, rows: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ class Engine(ABC):
 
     @torch.inference_mode()
     def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
-        """Best k items of each representation `[B, D]`, never holding more than 2^25 scores.
+        """Best k items of each representation `[B, D]`, holding at most 2^25 scores or B k of them at a time.
 
         exclude: items to leave out of each row's list. Raises ValueError unless 1 <= k <= N.
         """
@@ -123,7 +128,7 @@ class Engine(ABC):
         best = TopK(
             torch.zeros(rows.shape[0], 0, dtype=torch.int64, device=rows.device), rows.new_zeros(rows.shape[0], 0)
         )
-        owners = None if exclude is None else _row_index(exclude)
+        owners = None if exclude is None else exclude.rows
         for first in range(1, items + 1, chunk):
             scores = rows @ self.model.table[first : first + chunk].T
             if exclude is not None and owners is not None:
@@ -152,7 +157,7 @@ def history_keys(histories: Jagged) -> Tensor:
     """Hash each history to a row key in [0, 2^39): equal histories share their noise. Returns `[B]` int64."""
     if histories.values.numel() == 0:
         return torch.zeros_like(histories.lengths)
-    rows = _row_index(histories)
+    rows = histories.rows
     from_end = histories.offsets[1:][rows] - torch.arange(rows.numel(), device=rows.device)
     # Products wrap around in int64 on purpose; the odd multiplier of each place keeps the order of items relevant.
     mixed = (histories.values + 1) * _place_multipliers(int(histories.lengths.max())).to(rows.device)[from_end]
@@ -164,7 +169,3 @@ def history_keys(histories: Jagged) -> Tensor:
 def _place_multipliers(longest: int) -> Tensor:
     high, low = philox.philox(0, torch.arange(longest + 1))
     return (high << 31) ^ low | 1
-
-
-def _row_index(jagged: Jagged) -> Tensor:
-    return torch.arange(len(jagged), device=jagged.offsets.device).repeat_interleave(jagged.lengths)

@@ -1,7 +1,7 @@
 """The honest baseline: recompute every position of the padded history at every step, as the released code does.
 
-It shares the weights with the other engines and nothing else: padding is computed position by position, attention is
-dense over ``max_length``. It is the twin that the fast engines are held to.
+Padding is computed position by position and attention is dense over ``max_length``. It shares with the other engines
+the weights, the row-wise layers and the sampler, which the authors' reference values hold; what they save, it does not.
 """
 
 from __future__ import annotations

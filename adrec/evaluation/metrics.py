@@ -48,7 +48,7 @@ def target_ranks(rows: Tensor, table: Tensor, targets: Tensor, exclude: Jagged |
         scores = single if single is not None else rows @ table[first:last].T
         own[inside] = scores[inside, targets[inside] - first]
     ranks = torch.zeros_like(targets)
-    owners = None if exclude is None else exclude_owners(exclude)
+    owners = None if exclude is None else exclude.rows
     for first, last in spans:
         scores = single if single is not None else rows @ table[first:last].T
         at_least = ~(scores < (own - TIE * own.abs())[:, None])
@@ -62,11 +62,6 @@ def target_ranks(rows: Tensor, table: Tensor, targets: Tensor, exclude: Jagged |
         hidden = owners[exclude.values == targets[owners]]
         ranks[hidden] = max(items, *CUTOFFS)
     return ranks
-
-
-def exclude_owners(exclude: Jagged) -> Tensor:
-    """Row of each excluded item, `[M]` int64."""
-    return torch.arange(len(exclude), device=exclude.offsets.device).repeat_interleave(exclude.lengths)
 
 
 def point_metrics(ranks: Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adrec.engines.base import Engine
-from adrec.evaluation.metrics import CUTOFFS, Interval, exclude_owners, interval_table, target_ranks
+from adrec.evaluation.metrics import CUTOFFS, Interval, interval_table, target_ranks
 
 if TYPE_CHECKING:
     from adrec.data.dataset import Examples
@@ -76,7 +76,7 @@ def popularity_evaluation(
         ranks.append(target_ranks(ones, table, examples.targets[rows], exclude))
         scores = (ones @ table[1:].T).clone()
         if exclude is not None:
-            scores[exclude_owners(exclude), exclude.values - 1] = -torch.inf
+            scores[exclude.rows, exclude.values - 1] = -torch.inf
         best = scores.topk(listed, -1)
         tops.append((best.indices + 1).masked_fill(best.values == -torch.inf, 0))
     return _evaluation(ranks, tops, bootstrap)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from adrec.config import OptimiserConfig, TrainConfig
 from adrec.data.dataset import Dataset
 from adrec.engines.cached import CachedEngine
+from adrec.errors import RunError
 from adrec.evaluation.metrics import METRICS, point_metrics, target_ranks
 from adrec.losses import catalogue_cross_entropy, reconstruction_loss
 from adrec.models.adrec import ADRec
@@ -138,7 +139,15 @@ class StageModule(lightning.LightningModule):
     def on_train_epoch_end(self) -> None:
         scheduler: Any = self.lr_schedulers()
         self.log("learning_rate", scheduler.get_last_lr()[0], rank_zero_only=True)
-        self.log("train_loss", torch.stack(self.losses).mean(), sync_dist=True)
+        mean = torch.stack(self.losses).mean()
+        # Half precision skips a step that overflows; elsewhere nothing recovers from it.
+        if not bool(mean.isfinite()) and self.train_config.precision != "16-mixed":
+            section = "pretrain" if self.stage == "pretrain" else "main"
+            raise RunError(
+                f"{self.stage}: the loss is {float(mean)} in epoch {self.current_epoch}; lower"
+                f" train.{section}.learning_rate ({self.optimiser_config.learning_rate})"
+            )
+        self.log("train_loss", mean, sync_dist=True)
         self.losses.clear()
         scheduler.step()
 
@@ -148,10 +157,11 @@ class StageModule(lightning.LightningModule):
         targets = self.validation.targets[rows.cpu()].to(self.device)
         # Rankings are computed in full precision, whatever training uses.
         with torch.autocast(self.device.type, enabled=False):
-            model = self.kept_model
-            engine = CachedEngine(model)
-            represented = engine.represent(histories, steps, row_keys=self.validation.users[rows.cpu()])
-            self.validation_ranks.append(target_ranks(represented, model.table.detach(), targets))
+            represented = self.engine.represent(histories, steps, row_keys=self.validation.users[rows.cpu()])
+            self.validation_ranks.append(target_ranks(represented, self.engine.model.table.detach(), targets))
+
+    def on_validation_epoch_start(self) -> None:
+        self.engine = CachedEngine(self.kept_model)
 
     def on_validation_epoch_end(self) -> None:
         ranks = torch.cat(self.validation_ranks) if self.validation_ranks else torch.zeros(0, dtype=torch.int64)

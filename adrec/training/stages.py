@@ -17,9 +17,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from adrec.checkpoint import BASELINE, RUN_FILE, WEIGHTS, Run, load_run, save_run
-from adrec.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, load_yaml, write_text
+from adrec.config import ModelConfig, OptimiserConfig, RunConfig, TrainConfig, load_yaml
 from adrec.data.dataset import Dataset
 from adrec.errors import ConfigError, DataError, RunError
+from adrec.files import write_text
 from adrec.models import ADRec, build_model
 from adrec.training.batches import derive_seed, useful_tokens
 from adrec.training.logs import stage_loggers
@@ -176,6 +177,8 @@ class _Job:
             _quiet_lightning()
             epochs = _read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
             trainer = self._trainer(optimiser, callbacks, stage_loggers(out / LOGS, name, epochs))
+            if self.train.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+                raise ConfigError("train.precision is '16-mixed', which needs a GPU; use 32-true or bf16-mixed")
             if trainer.world_size > self.train.batch_size:
                 raise ConfigError(
                     f"train.batch_size is {self.train.batch_size}; allowed: {trainer.world_size} or more, one user for"
