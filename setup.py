@@ -10,7 +10,6 @@ ROOMS = ("adrec", "kernels", "compress", "bench")
 
 EXTRAS = {
     "png": ["matplotlib>=3.8"],
-    "onnx": ["onnx>=1.17"],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.8",

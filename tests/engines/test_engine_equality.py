@@ -147,7 +147,7 @@ def test_one_block_everywhere(tiny_model: ModelFactory, name: str) -> None:
     order=st.randoms(use_true_random=False),
     cuts=st.lists(st.integers(0, 8), max_size=3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_users_result_does_not_depend_on_the_batch(
     tiny_model: ModelFactory, option: dict[str, Any], lengths: list[int], order: Any, cuts: list[int]
 ) -> None:
@@ -156,19 +156,22 @@ def test_a_users_result_does_not_depend_on_the_batch(
     users = list(range(len(lengths)))
     order.shuffle(users)
     borders = [0, *sorted(min(cut, len(users)) for cut in cuts), len(users)]
-    for engine in engines(tiny_model, **option)[1:]:
-        whole = engine.represent(histories, 7, seed=3)
-        best = engine.recommend(histories, 5, 7, seed=3)
+    for engine in engines(tiny_model, **option):
+        whole = engine.represent(histories, seed=3)
+        best = engine.recommend(histories, 5, seed=3)
         for first, last in pairwise(borders):
             part = torch.tensor(users[first:last], dtype=torch.int64)
             some = histories.select(part)
-            close(engine.represent(some, 7, seed=3), whole[part])
-            again = engine.recommend(some, 5, 7, seed=3)
+            close(engine.represent(some, seed=3), whole[part])
+            again = engine.recommend(some, 5, seed=3)
             close(again.scores, best.scores[part])
-            same = again.items == best.items[part]
-            # Two items may swap only where rounding makes their scores meet.
-            gaps = (again.scores[:, :-1] - again.scores[:, 1:]).abs()
-            assert bool(same.all()) or gaps.min().item() <= 2 * TOLERANCE
+            moved = (again.items != best.items[part]).nonzero().tolist()
+            # Two items of one list may swap only where rounding makes their own scores meet.
+            for row, place in moved:
+                scores = again.scores[row]
+                others = torch.cat([scores[:place], scores[place + 1 :]])
+                meets_another = float((others - scores[place]).abs().min()) <= 2 * TOLERANCE
+                assert meets_another or place == scores.numel() - 1
 
 
 @pytest.mark.parametrize("name", ["reference", "cached"])
