@@ -34,7 +34,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]),
-    package_data={room: ["py.typed", "*.html"] for room in ROOMS},
+    package_data={room: ["py.typed", "*.html", "recipes/*.yaml"] for room in ROOMS},
     install_requires=[
         "lightning>=2.6",
         "numpy>=1.26",
