@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import entry_points
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -36,10 +37,17 @@ def main() -> None:
     try:
         build_app()()
     except AdrecError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(str(error))}")
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What no command foresaw: a full disk, a file that vanished meanwhile.
+        reason = error.strerror or str(error)
+        _fail(reason if error.filename is None else f"{error.filename}: {reason}", AdrecError.exit_code)
 
 
-def _plain(text: str) -> str:
+def _fail(message: str, exit_code: int) -> NoReturn:
     # Square brackets in a value must not be read as Rich markup.
-    return text.replace("[", r"\[")
+    plain = message.replace("[", r"\[")
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {plain}")
+    sys.exit(exit_code)

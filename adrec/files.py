@@ -56,7 +56,7 @@ def check_output(path: Path, option: str, make_folder: bool = False) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} is {path}: not a regular file; give the name of a file, new or to be replaced")
     if make_folder:
-        check_output_folder(path.parent, option)
+        _check_folder(path.parent, path, option)
     elif not path.parent.is_dir():
         raise ConfigError(f"{option} is {path}: the folder {path.parent} does not exist; make it or choose another")
     else:
@@ -65,10 +65,7 @@ def check_output(path: Path, option: str, make_folder: bool = False) -> None:
 
 def check_output_folder(path: Path, option: str) -> None:
     """Raise ConfigError, before any work, when no folder can be made or written at ``path``."""
-    nearest = next(each for each in (path, *path.resolve().parents) if each.exists())
-    if not nearest.is_dir():
-        raise ConfigError(f"{option} is {path}: {nearest} is a file, not a folder; choose another {option}")
-    _check_writable(nearest, path, option)
+    _check_folder(path, path, option)
 
 
 def usual_mode(mode: int) -> int:
@@ -76,6 +73,13 @@ def usual_mode(mode: int) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mode & ~mask
+
+
+def _check_folder(folder: Path, path: Path, option: str) -> None:
+    nearest = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"{option} is {path}: {nearest} is a file, not a folder; choose another {option}")
+    _check_writable(nearest, path, option)
 
 
 def _check_writable(folder: Path, path: Path, option: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from adrec.checkpoint import Run, load_run
 from adrec.data.item_index import ItemIndex
 from adrec.data.jagged import Jagged
+from adrec.devices import check_device
 from adrec.engines import Engine, make_engine
-from adrec.errors import AdrecError, ConfigError
+from adrec.errors import AdrecError, ConfigError, nearest
 from kernels.philox import ROW_KEYS
 
 Source = Literal["model", "popularity"]
@@ -52,7 +53,8 @@ class Recommender:
 
     @classmethod
     def load(cls, run: str | Path, engine: str = "cached", device: str = "cpu") -> Recommender:
-        """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine."""
+        """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine or device."""
+        check_device(device)
         loaded = load_run(run, device)
         return cls(loaded, make_engine(engine, loaded.model))
 
@@ -75,13 +77,9 @@ class Recommender:
         of nothing else. unknown: drop items the model does not know and count them, or raise UnknownItemError. A
         history without a known item gets the most popular items, with ``source="popularity"`` and one warning.
         exclude_history: leave out the user's own items; a list is shorter than k when too few are left. Raises
-        ConfigError for a k outside 1..N or steps outside 1..T.
+        ConfigError for a k outside 1..N or steps outside 1..T (1 for a SASRec+ run, which has none).
         """
-        items = self.run.settings.model.items
-        if not 1 <= k <= items:
-            raise ConfigError(f"k is {k}; allowed: 1 to {items}, the size of the catalogue")
-        if self.run.settings.model.model == "sasrec":
-            steps = None
+        self._check(k, steps, unknown, batch_size)
         if user_keys is not None and len(user_keys) != len(histories):
             raise ConfigError(f"{len(user_keys)} user keys for {len(histories)} histories; give one each or none")
         for key in user_keys or ():
@@ -110,10 +108,18 @@ class Recommender:
             )
         return [result for result in results if result is not None]
 
-    def stream(self, batches: Iterator[Sequence[Sequence[Any]]], **options: Any) -> Iterator[list[Recommendation]]:
-        """Recommend batch by batch; see `recommend` for the options."""
-        for batch in batches:
-            yield self.recommend(batch, **options)
+    def _check(self, k: Any, steps: Any, unknown: str, batch_size: Any) -> None:
+        model = self.run.settings.model
+        check_whole(k, "k", 1, model.items, "the size of the catalogue")
+        if steps is not None:
+            longest = model.timesteps if model.model == "adrec" else 1
+            meaning = (
+                "the steps it was trained with" if model.model == "adrec" else "a SASRec+ run has no reverse steps"
+            )
+            check_whole(steps, "steps", 1, longest, meaning)
+        if unknown not in ("drop", "raise"):
+            raise ConfigError(f"unknown is {unknown!r}{nearest(str(unknown), ['drop', 'raise'])}; allowed: drop, raise")
+        check_whole(batch_size, "batch_size", 1, 2**31 - 1, "users at a time")
 
     def _encode(self, row: int, history: Any, unknown: str) -> list[int]:
         if isinstance(history, str | bytes):
@@ -146,3 +152,9 @@ class Recommender:
     def _result(self, ids: list[int], scores: list[float], unknown: int, source: Source) -> Recommendation:
         kept = [place for place, item in enumerate(ids) if item]
         return Recommendation([self._index.raw[ids[i] - 1] for i in kept], [scores[i] for i in kept], unknown, source)
+
+
+def check_whole(value: Any, name: str, low: int, high: int, meaning: str) -> None:
+    """Raise ConfigError unless ``value`` is a whole number from ``low`` to ``high``; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; allowed: {low} to {high}, {meaning}")

@@ -51,29 +51,31 @@ class AccuracyBook:
         """
         measured = self.evaluation(steps, seed)
         best = exact.evaluation(exact.exact_steps, seed)
-        agreement = self._agreement(steps, seed, engine)
+        overlap = float(top_overlap(measured.top_items, best.top_items).mean())
+        agreement, own_overlap, sampled = None, overlap, measured.users
+        if engine is not self.engine:
+            listed, sampled = self._sample_lists(steps, seed, engine), len(self._sample)
+            agreement = float(top_overlap(listed, measured.top_items[self._sample]).mean())
+            own_overlap = float(top_overlap(listed, best.top_items[self._sample]).mean())
         return Accuracy(
             metrics_percent=estimates(measured),
             users=measured.users,
             measured_with=self.engine.name,
             ndcg20_kept_percent=kept_percent(measured.ranks, best.ranks) if exact is self else None,
-            top20_overlap_fraction=float(top_overlap(measured.top_items, best.top_items).mean()),
+            top20_overlap_fraction=overlap,
             top20_overlap_against=exact.exact_name(seed),
             engine_agreement_fraction=agreement,
-            engine_agreement_users=0 if agreement is None else len(self._sample),
+            engine_agreement_users=0 if agreement is None else sampled,
+            engine_top20_overlap_fraction=own_overlap,
+            engine_top20_overlap_users=sampled,
         )
 
-    def _agreement(self, steps: int | None, seed: int, engine: Engine) -> float | None:
-        if engine is self.engine:
-            return None
+    def _sample_lists(self, steps: int | None, seed: int, engine: Engine) -> Tensor:
+        """The top lists of another engine for the sampled users, `[n, k]`."""
         histories = self.examples.histories.select(self._sample)
         keys = self.examples.users[self._sample]
-        count = min(RESULTS, self.engine.model.config.items)
-        here, there = (
-            each.recommend(histories, k=count, steps=steps, seed=seed, row_keys=keys).items.cpu()
-            for each in (self.engine, engine)
-        )
-        return float(top_overlap(here, there).mean())
+        count = min(RESULTS, engine.model.config.items)
+        return engine.recommend(histories, k=count, steps=steps, seed=seed, row_keys=keys).items.cpu()
 
 
 def estimates(evaluation: Evaluation) -> dict[str, Estimate]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from adrec.commands.options import integers
 from adrec.errors import ConfigError, nearest
 
-Item = TypeVar("Item")
 SPLITS = ("test", "validation")
+MOST_STEPS, MOST_USERS = 4095, 2**20
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +46,7 @@ def tradeoff(
     users: Annotated[int | None, typer.Option(help="Evaluate a random sample of so many users.")] = None,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's setting.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="Records file; default: RUN/bench/tradeoff.jsonl.")] = None,
     append: Annotated[bool, typer.Option("--append", help="Add to the records file instead of replacing it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
@@ -68,10 +68,10 @@ def tradeoff(
     result = run_tradeoff(
         run,
         data=data,
-        engines=parse_list("--engines", engines, str, "names such as reference,cached"),
-        steps=None if steps is None else parse_list("--steps", steps, int, "whole numbers such as 1,4,32"),
-        batch_sizes=parse_list("--batch-sizes", batch_sizes, int, "whole numbers such as 1,32,512"),
-        seeds=parse_list("--seeds", seeds, int, "whole numbers such as 0,1,2"),
+        engines=[name.strip() for name in engines.split(",")],
+        steps=None if steps is None else integers(steps, "--steps", 1, MOST_STEPS),
+        batch_sizes=integers(batch_sizes, "--batch-sizes", 1, MOST_USERS),
+        seeds=integers(seeds, "--seeds", 0, 2**31 - 1),
         protocol=TimingProtocol(seconds=seconds_per_cell),
         split=chosen,
         users=users,
@@ -120,17 +120,3 @@ def env(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fal
         for name, value in values.items():
             table.add_row(f"{part} {name}".replace("_", " "), "-" if value in (None, []) else str(value))
     Console().print(table, markup=False)
-
-
-def parse_list(option: str, text: str, kind: Callable[[str], Item], expected: str) -> list[Item]:
-    """Parse a comma-separated list; ConfigError names the option, the bad part and what is expected."""
-    parsed = []
-    for part in text.split(","):
-        word = part.strip()
-        try:
-            if not word:
-                raise ValueError
-            parsed.append(kind(word))
-        except ValueError:
-            raise ConfigError(f"{option} {text!r}: cannot read {word!r}; expected {expected}") from None
-    return parsed

@@ -70,11 +70,13 @@ def demo(
 def prepare_folder(out: Path, overwrite: bool) -> None:
     """Make an empty folder for the demo; only files that a demo makes are ever removed."""
     from adrec.errors import RunError
+    from adrec.files import check_output_folder
 
+    check_output_folder(out, "--out")
     present = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
     foreign = [name for name in present if name not in MADE]
-    if foreign or (out.exists() and not out.is_dir()):
-        raise RunError(f"{out}: holds {foreign[0] if foreign else 'a file'}, which no demo made; choose another --out")
+    if foreign:
+        raise RunError(f"{out}: holds {foreign[0]}, which no demo made; choose another --out")
     if present and not overwrite:
         raise RunError(f"{out}: already holds a demo; pass --overwrite or choose another --out")
     for name in present:

@@ -6,15 +6,14 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
-VERSIONED = ("adrec", "torch", "triton", "numpy", "onnxruntime", "tensorrt")
+from adrec.versions import installed_versions
+
 GIBIBYTE = 2**30
 
 
@@ -65,7 +64,7 @@ class Environment(Frozen):
 
 def read_environment() -> Environment:
     """Describe machine, versions and revision now; ``machine.threads`` is `torch.get_num_threads()`."""
-    return Environment(machine=_machine(), versions=_versions(), revision=_revision())
+    return Environment(machine=_machine(), versions=installed_versions(), revision=_revision())
 
 
 def printable_command(arguments: Sequence[str], folder: Path | None = None) -> str:
@@ -142,16 +141,6 @@ def _accelerators() -> list[Accelerator]:
                 driver=driver.splitlines()[0] if driver else None,
             )
         )
-    return found
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 

@@ -105,7 +105,8 @@ def _accuracy_words(records: Sequence[TradeoffRecord]) -> str:
     return (
         f"full ranking over {record.dataset_items} items, bootstrap over {accuracy.users} users; measured "
         f"with the {accuracy.measured_with} engine; overlap is with {accuracy.top20_overlap_against}; engine "
-        "agreement is the overlap of a row's engine with the measuring one on sampled users"
+        "agreement is the overlap of a row's engine with the measuring one on sampled users, on which the "
+        "overlap of a row's own engine with the exact result is measured too"
     )
 
 

@@ -10,6 +10,8 @@ from bench.record import Accuracy, Estimate, TimingSummary, TradeoffRecord
 MARGIN_PERCENT = 1.0
 BUDGETS_MS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 FEW_CALLS = 100
+LEAST_CALLS = 10
+WIDEST_RATIO = 2.0
 BUSY_SHARE = 0.5
 NEAR_PERCENT = 5.0
 METRIC = "NDCG@20"
@@ -19,7 +21,8 @@ def recommendation(records: Sequence[TradeoffRecord], margin_percent: float = MA
     """Return sentences for the rows of one study: the choice for each batch size, then what to know.
 
     The choice is the fastest setting whose NDCG@20 is, by the lower end of its 95 % interval over users, at
-    least ``100 - margin_percent`` percent of that of the exact step count, at every seed.
+    least ``100 - margin_percent`` percent of that of the exact step count, at every seed. It is withheld where
+    the timings behind it are too few or too uncertain.
     """
     sentences = [
         sentence
@@ -117,6 +120,10 @@ def _choice(rows: Sequence[TradeoffRecord], size: int, margin_percent: float) ->
     timing, accuracy = row.timing, row.accuracy
     if timing is None or accuracy is None or row.steps is None:
         return None
+    batch = f"Batch of {counted(size, 'user')}"
+    doubt = _doubt(row, timing, rows)
+    if doubt is not None:
+        return f"{batch}: no choice, because {doubt}; measure longer with --seconds-per-cell, on an idle machine."
     ratio = timing.time_ratio_to_baseline
     time = f"{timing.latency_ms_p50:.3g} ms"
     is_baseline = (row.engine, row.steps) == (timing.baseline_engine, timing.baseline_steps)
@@ -124,7 +131,6 @@ def _choice(rows: Sequence[TradeoffRecord], size: int, margin_percent: float) ->
         ends = f"[{share(ratio.low)}, {share(ratio.high)}]"
         steps = counted(timing.baseline_steps, "step")
         time = f"{share(ratio.value)} {ends} of the time of {timing.baseline_engine} at {steps}, {time}"
-    batch = f"Batch of {counted(size, 'user')}"
     near = [each.label for each in points if each != chosen and _as_fast_and_good(each, chosen, margin_percent)]
     also = f" As fast within {NEAR_PERCENT:g} %: {'; '.join(near)}." if near else ""
     if row.steps == row.exact_steps:
@@ -139,6 +145,21 @@ def _choice(rows: Sequence[TradeoffRecord], size: int, margin_percent: float) ->
         f"{batch}: {counted(row.steps, 'step')} {verb} {kept_words} of the {row.exact_steps}-step {METRIC} "
         f"at {time}; choose {counted(row.steps, 'step')} with the {row.engine} engine.{also}"
     )
+
+
+def _doubt(row: TradeoffRecord, timing: TimingSummary, rows: Sequence[TradeoffRecord]) -> str | None:
+    """Say why a choice would rest on too little: few calls of its row or the baseline's, or an uncertain ratio."""
+    for each in rows:
+        is_baseline = (each.engine, each.steps) == (timing.baseline_engine, timing.baseline_steps)
+        if each.timing and (each is row or is_baseline) and each.timing.calls < LEAST_CALLS:
+            return f"'{setting(each)}' was timed in {each.timing.calls} calls only ({LEAST_CALLS} are needed)"
+    ratio = timing.time_ratio_to_baseline
+    if ratio is not None and ratio.high > WIDEST_RATIO * ratio.low:
+        return (
+            f"the time ratio of the fastest setting, '{setting(row)}', is known no better than "
+            f"[{share(ratio.low)}, {share(ratio.high)}]"
+        )
+    return None
 
 
 def _as_fast_and_good(point: Point, chosen: Point, margin_percent: float) -> bool:

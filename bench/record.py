@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from adrec.data.json_text import parse_json
 from adrec.errors import DataError
 from bench.environment import Environment, Frozen
 
@@ -52,8 +52,10 @@ class Accuracy(Frozen):
 
     ``metrics_percent`` maps HR@k, NDCG@k, MRR@k (k in 5, 10, 20) to percent, interval over users.
     ``ndcg20_kept_percent``: NDCG@20 relative to the exact step count, resampled over the same users; `None`
-    when the model has no step count. ``engine_agreement_fraction``: mean top-20 overlap between this row's
-    engine and ``measured_with`` on ``engine_agreement_users`` sampled users.
+    when the model has no step count. ``top20_overlap_fraction``: as computed by ``measured_with`` for all
+    ``users``. Of this row's own engine, on ``engine_agreement_users`` sampled users, the mean top-20 overlap
+    with ``measured_with`` at the same steps is ``engine_agreement_fraction``, and with the exact result
+    ``engine_top20_overlap_fraction`` (that of ``engine_top20_overlap_users``; `None` in older records).
     """
 
     metrics_percent: dict[str, Estimate]
@@ -64,6 +66,8 @@ class Accuracy(Frozen):
     top20_overlap_against: str
     engine_agreement_fraction: float | None = Field(ge=0, le=1)
     engine_agreement_users: int = Field(ge=0)
+    engine_top20_overlap_fraction: float | None = Field(None, ge=0, le=1)
+    engine_top20_overlap_users: int = Field(0, ge=0)
 
 
 class MeasuringProtocol(Frozen):
@@ -137,36 +141,6 @@ class TradeoffRecord(Frozen):
         )
 
 
-def write_records(path: Path, records: Iterable[TradeoffRecord]) -> Path:
-    """Write records as JSON lines, atomically: a reader sees the old file or the new one, never a part."""
-    return write_text_atomically(path, "".join(_line(record) for record in records))
-
-
-def write_text_atomically(path: Path, text: str) -> Path:
-    """Write UTF-8 text through a temporary file in the same folder and a rename; makes the folder."""
-    return write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> Path:
-    """Write bytes through a temporary file in the same folder and a rename; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes the file private; a result file gets the permissions that any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
 class RecordWriter:
     """Appends records to a file, one flushed line each, so that an interrupted sweep keeps what it measured.
 
@@ -230,9 +204,9 @@ def _line(record: TradeoffRecord) -> str:
 def _parse(path: Path, number: int, line: str) -> TradeoffRecord:
     where = f"{path}, line {number}"
     try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); delete the line") from None
+        content = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); delete the line") from None
     if not isinstance(content, dict):
         raise DataError(f"{where}: a record is a JSON object, this is a {type(content).__name__}; delete the line")
     version = content.get("schema_version")

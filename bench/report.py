@@ -13,13 +13,14 @@ from pathlib import Path
 from rich.console import Console
 
 from adrec.errors import DataError, NotSupportedError
+from adrec.files import check_output, write_bytes, write_text
 from bench.charts import charts_of
 from bench.markdown import markdown_of
 from bench.page_parts import study_section
 from bench.pictures import png_of
 from bench.plotly_figures import plotly_figure
 from bench.recommendation import batch_sizes
-from bench.record import TradeoffRecord, latest_records, write_bytes_atomically, write_text_atomically
+from bench.record import TradeoffRecord, latest_records
 
 TITLE = "Steps, speed and accuracy"
 DEFAULT_NAME = "report.html"
@@ -41,23 +42,25 @@ def write_report(
     if not records:
         raise DataError("there are no records to report; `adrec bench tradeoff RUN` measures some")
     page = out if out.suffix.lower() in (".html", ".htm") else out / DEFAULT_NAME
+    picture, markdown = page.with_suffix(".png"), page.with_suffix(".md")
+    for path in (page, picture, markdown):
+        check_output(path, "--out", make_folder=True)
     studies = group_studies(latest_records(records))
     last = command or f"adrec bench report RECORDS --out {shlex.quote(page.name)}"
     remake = "\n".join(dict.fromkeys([*(record.command for record in records), last]))
-    write_text_atomically(page, page_of(studies, remake))
-    picture = page.with_suffix(".png")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, page_of(studies, remake))
     first = studies[0]
     drawn = True
     try:
         charts = charts_of(first, (batch_sizes(first) or [0])[0])
-        write_bytes_atomically(picture, png_of(charts, study_name(first)))
+        write_bytes(picture, png_of(charts, study_name(first)))
     except NotSupportedError as error:
         # A picture of earlier records beside the new page would be taken for theirs.
         picture.unlink(missing_ok=True)
         drawn = False
         (notify or _print)(str(error))
-    markdown = markdown_of(studies, TITLE, remake, picture.name if drawn else None)
-    write_text_atomically(page.with_suffix(".md"), markdown)
+    write_text(markdown, markdown_of(studies, TITLE, remake, picture.name if drawn else None))
     return page
 
 

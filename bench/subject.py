@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from adrec.checkpoint import Run, load_run
+from adrec.comparison import Split
 from adrec.data.dataset import Dataset, Examples
 from adrec.data.jagged import Jagged
-from adrec.errors import ConfigError, DataError, RunError
+from adrec.data.of_run import open_data
+from adrec.errors import ConfigError, DataError
 
-Split = Literal["validation", "test"]
 MOST_BATCHES = 256
 MOST_BATCH_USERS = 4096
 
@@ -34,27 +34,11 @@ class Subject:
 def load_subject(run_path: Path, data: Path | None, split: Split, users: int | None) -> Subject:
     """Load a run and a split of its data; ``users`` limits the evaluated users to a fixed random sample.
 
-    Raises RunError when ``data`` is `None` and the path that the run stores is not there, and DataError for a
-    data set that does not fit the run or has no example in the split.
+    Raises RunError for another data set than the run's, and DataError without an example in the split.
     """
     run = load_run(run_path)
     notices = []
-    if data is None and not (run.data_path and Path(run.data_path).exists()):
-        raise RunError(
-            f"{run_path}: the run was trained on {run.data_path!r}, which is not there now; give the folder "
-            "of the data set with --data"
-        )
-    dataset = Dataset.load(data or Path(run.data_path))
-    if dataset.fingerprint != run.dataset_fingerprint:
-        notices.append(
-            f"the data set's fingerprint {dataset.fingerprint[:12]} is not {run.dataset_fingerprint[:12]}, "
-            "which the run was trained on: the accuracy figures are for other data"
-        )
-    if dataset.item_count != run.config.items:
-        raise DataError(
-            f"{dataset.name}: the data set has {dataset.item_count} items, the run {run.config.items}; give "
-            "the data set that the run was trained on with --data"
-        )
+    dataset = open_data(run, data)
     examples = dataset.examples(split)
     total = len(examples.histories)
     if total == 0:

@@ -41,6 +41,8 @@ def main_columns() -> list[Column]:
         _metric("HR@20"),
         _estimate(f"{METRIC} kept (%)", lambda row: row.accuracy.ndcg20_kept_percent if row.accuracy else None, 1),
         _accuracy("top-20 overlap with exact", lambda accuracy: accuracy.top20_overlap_fraction),
+        _accuracy("of the row's engine", lambda accuracy: accuracy.engine_top20_overlap_fraction),
+        _accuracy("on users", lambda accuracy: accuracy.engine_top20_overlap_users or None, "{:d}"),
         _accuracy("engine agreement", lambda accuracy: accuracy.engine_agreement_fraction),
         _words("accuracy measured with", lambda row: row.accuracy.measured_with if row.accuracy else ""),
         _accuracy("users evaluated", lambda accuracy: accuracy.users, "{:d}"),

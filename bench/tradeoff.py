@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from adrec.devices import check_device
 from adrec.engines import ENGINES
 from adrec.errors import ConfigError, NotSupportedError
+from adrec.files import check_output
 from bench.plan import make_plan
 from bench.progress import SweepProgress
 from bench.record import RecordWriter, TradeoffRecord
@@ -60,10 +63,12 @@ def run_tradeoff(
     to ``<out>.partial`` as they are measured and renamed at the end, or with ``append`` flushed to ``out``
     itself. Raises AdrecError for bad input, before anything is measured.
     """
-    where = _device(device)
+    where = check_device(device)
     protocol = protocol or TimingProtocol()
-    if protocol.seconds <= 0:
-        raise ConfigError(f"--seconds-per-cell {protocol.seconds}: must be above 0")
+    if not 0 < protocol.seconds < math.inf:
+        raise ConfigError(f"--seconds-per-cell {protocol.seconds}: must be above 0 and finite, such as 2")
+    if out is not None:
+        check_output(out, "--out", make_folder=True)
     subject = load_subject(run, data, split, users)
     config = subject.run.config
     if config.model != "adrec":
@@ -90,16 +95,6 @@ def run_tradeoff(
         if not append:
             target.replace(out)
     return TradeoffResult(records, out, notices)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r}: not a device; allowed: cpu, cuda, cuda:0, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name!r}: this torch sees no CUDA device; use --device cpu")
-    return device
 
 
 @contextmanager

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import os
-import platform
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import packages_distributions
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from adrec.versions import installed_versions
+
 ROOMS = ("adrec", "kernels", "compress", "bench")
-DISTRIBUTIONS = (
-    "adrec",
-    "torch",
-    "triton",
-    "lightning",
-    "numpy",
-    "polars",
-    "pyarrow",
-    "onnx",
-    "onnxruntime",
-    "tensorrt",
-)
 
 
 def register(app: typer.Typer) -> None:
@@ -35,9 +24,8 @@ def env() -> None:
     import torch
 
     table = Table("what", "is", show_header=False)
-    table.add_row("python", platform.python_version())
-    for name in DISTRIBUTIONS:
-        table.add_row(name, _version(name))
+    for name, version in installed_versions().items():
+        table.add_row(name, version or "not installed")
     table.add_row("processors", str(os.cpu_count()))
     table.add_row("torch threads", str(torch.get_num_threads()))
     table.add_row("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use")
@@ -54,10 +42,3 @@ def name_clashes() -> list[tuple[str, str]]:
     """Our top-level names that another installed distribution also provides, with that distribution's name."""
     owners = packages_distributions()
     return [(room, owner) for room in ROOMS for owner in sorted(set(owners.get(room, []))) if owner != "adrec"]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "not installed"

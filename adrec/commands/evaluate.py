@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -15,11 +16,10 @@ from adrec.commands.options import integers
 
 if TYPE_CHECKING:
     from adrec.checkpoint import Run
-    from adrec.data.dataset import Dataset
-    from adrec.evaluation import Interval
 
-COLUMNS = ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20")
+HEAD = ("system", "steps", "seed", "own items", "group", "users")
 EXCLUSIONS = {"keep": (False,), "exclude": (True,), "both": (False, True)}
+UNLIMITED = 10_000
 
 
 def register(app: typer.Typer) -> None:
@@ -38,121 +38,84 @@ def evaluate(
         str, typer.Option(help="Rank the user's own items too (keep), leave them out (exclude), or both.")
     ] = "both",
     strata: Annotated[bool, typer.Option("--strata", help="Add rows by item popularity and history length.")] = False,
-    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")] = "cpu",
+    baseline: Annotated[
+        Path | None, typer.Option(help="SASRec+ run to compare with (default: that of stage 1 in the run).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Users at a time.")] = 512,
     output: Annotated[Path | None, typer.Option("--json", help="Also write every row to this file.")] = None,
 ) -> None:
     """Rank the whole catalogue for every user of a split; percent, averaged over users, 95 % bootstrap intervals."""
     from adrec.checkpoint import load_run
-    from adrec.config import write_text
+    from adrec.comparison import Comparison, Split
+    from adrec.data.of_run import open_data
+    from adrec.devices import check_device
     from adrec.errors import ConfigError, nearest
+    from adrec.files import check_output, write_text
 
     if history not in EXCLUSIONS:
         raise ConfigError(f"--history is '{history}'{nearest(history, EXCLUSIONS)}; allowed: {', '.join(EXCLUSIONS)}")
     if split not in ("test", "validation"):
         raise ConfigError(f"--split is '{split}'{nearest(split, ['test', 'validation'])}; allowed: test, validation")
+    if output is not None:
+        check_output(output, "--json")
+    check_device(device)
     loaded = load_run(run, device)
+    beside = loaded.baseline() if baseline is None else load_baseline(baseline, loaded)
     longest = loaded.settings.model.timesteps if loaded.settings.model.model == "adrec" else 1
     wanted = integers(steps, "--steps", 1, longest)
     draws = integers(seeds, "--seeds", 0, 2**31 - 1)
+    chosen: Split = "test" if split == "test" else "validation"
     dataset = open_data(loaded, data)
-    rows = evaluation_rows(
-        loaded, dataset, split, wanted, draws, engine, EXCLUSIONS[history], strata, batch_size, device
+    comparison = Comparison(
+        loaded, beside, dataset, chosen, wanted, draws, engine, EXCLUSIONS[history], strata, batch_size
     )
-    table = Table(title=f"{dataset.name}, {split}, full ranking of {dataset.item_count} items, %")
-    for column in ("system", "steps", "seed", "own items", "group", "users", *COLUMNS):
-        table.add_column(column, justify="left" if column in ("system", "group") else "right")
-    for row in rows:
-        cells = [str(row[name]) for name in ("system", "steps", "seed", "own items", "group", "users")]
-        table.add_row(*cells, *(f"{row[name]['value']:.2f} ±{_half(row[name]):.2f}" for name in COLUMNS))
+    with Progress(transient=True) as progress:
+        task = progress.add_task("evaluating", total=None)
+        rows = comparison.rows(lambda done, total: progress.update(task, completed=done, total=total))
     # A table wider than the screen would fold its numbers; better to let the terminal scroll.
     console = Console()
-    Console(width=max(console.width, 200)).print(table)
+    title = f"{dataset.name}, {split}, full ranking of {dataset.item_count} items, % [95 % interval]"
+    table = _table(title, rows)
+    Console(width=max(console.width, Console(width=UNLIMITED).measure(table).maximum)).print(table)
+    if beside is None and loaded.settings.model.model == "adrec":
+        note = "no sasrec+ row: the run holds no baseline; name a SASRec+ run with --baseline RUN"
+        console.print(note, soft_wrap=True)
     if output is not None:
         write_text(output, json.dumps({"run": str(run), "dataset": dataset.name, "rows": rows}, indent=2) + "\n")
         console.print(f"written to {output}")
 
 
-def open_data(run: Run, data: Path | None) -> Dataset:
-    """Load the data set of a run, given or remembered; raises RunError when it is not the one trained on."""
-    from adrec.data.dataset import Dataset
+def load_baseline(path: Path, run: Run) -> Run:
+    """Load the SASRec+ run that ``run`` is compared with; raises RunError when the two do not fit together."""
+    from adrec.checkpoint import load_run
     from adrec.errors import RunError
 
-    path = Path(run.data_path) if data is None else data
-    if data is None and not path.exists():
-        raise RunError(f"the run was trained from {path}, which is not there; say where the data is with --data")
-    dataset = Dataset.load(path)
-    if dataset.fingerprint != run.dataset_fingerprint:
+    found = load_run(path)
+    if found.settings.model.model != "sasrec" or run.settings.model.model != "adrec":
         raise RunError(
-            f"{path}: fingerprint {dataset.fingerprint[:12]} is not that of the run's data set"
-            f" '{run.info.dataset_name}' ({run.dataset_fingerprint[:12]}); item ids would not match"
+            f"--baseline {path}: a '{found.settings.model.model}' run beside a '{run.settings.model.model}' run;"
+            " allowed: a sasrec run beside an adrec run"
         )
-    return dataset
+    if found.dataset_fingerprint != run.dataset_fingerprint:
+        raise RunError(
+            f"--baseline {path}: was trained on '{found.info.dataset_name}' ({found.dataset_fingerprint[:12]}), the run"
+            f" on '{run.info.dataset_name}' ({run.dataset_fingerprint[:12]}); give a run of the same data set"
+        )
+    return found
 
 
-def evaluation_rows(
-    run: Run,
-    dataset: Dataset,
-    split: Any,
-    steps: list[int],
-    seeds: list[int],
-    engine_name: str,
-    exclusions: tuple[bool, ...],
-    strata: bool,
-    batch_size: int,
-    device: str,
-) -> list[dict[str, Any]]:
-    """One row for each system, step count, seed, exclusion and group; metrics as value, low and high in percent."""
-    import torch
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    from adrec.evaluation import METRICS
 
-    from adrec.engines import make_engine
-    from adrec.evaluation import evaluate as evaluate_engine
-    from adrec.evaluation import length_groups, popularity_evaluation, popularity_groups, stratify
-
-    examples = dataset.examples(split)
-    known = (examples.histories.lengths > 0).nonzero().squeeze(1)
-    if known.numel() < len(examples):
-        examples = type(examples)(examples.histories.select(known), examples.targets[known], examples.users[known])
-    groups = {"all": torch.ones(len(examples), dtype=torch.bool)}
-    if strata:
-        groups |= popularity_groups(examples.targets, dataset.item_counts()) | length_groups(examples.histories.lengths)
-    baseline = run.baseline()
-    systems: list[tuple[str, Any, int | None, int]] = [("popularity", None, None, 0)]
-    if baseline is not None:
-        systems.append(("sasrec+", make_engine(engine_name, baseline.model.to(device)), None, 0))
-    engine = make_engine(engine_name, run.model)
-    if run.settings.model.model == "adrec":
-        systems += [("adrec", engine, count, seed) for seed in seeds for count in steps]
-    else:
-        systems.append(("sasrec+", engine, None, 0))
-    rows = []
-    with Progress(transient=True) as progress:
-        task = progress.add_task("evaluating", total=len(systems) * len(exclusions) * len(examples))
-        for name, system, count, seed in systems:
-            for exclude in exclusions:
-                if system is None:
-                    result = popularity_evaluation(dataset.item_counts(), examples, exclude_history=exclude)
-                    progress.advance(task, len(examples))
-                else:
-                    result = evaluate_engine(
-                        system,
-                        examples,
-                        steps=count,
-                        seed=seed,
-                        batch_size=batch_size,
-                        exclude_history=exclude,
-                        progress=lambda done: progress.advance(task, done),
-                    )
-                for group, (users, metrics) in stratify(result.ranks, groups).items():
-                    head = {"system": name, "steps": count or "-", "seed": seed, "group": group, "users": users}
-                    head["own items"] = "left out" if exclude else "ranked"
-                    rows.append(head | {metric: _interval(value) for metric, value in metrics.items()})
-    return rows
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    for column in (*HEAD, *METRICS):
+        table.add_column(column, justify="left" if column in ("system", "group") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in HEAD), *(_cell(row[name]) for name in METRICS))
+    return table
 
 
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
-
-
-def _half(interval: dict[str, float]) -> float:
-    return (interval["high"] - interval["low"]) / 2.0
+def _cell(interval: dict[str, float]) -> str:
+    # The interval goes below its value, so that nine metrics fit side by side; the bracket is no markup.
+    return f"{interval['value']:.2f}\n\\[{interval['low']:.2f}, {interval['high']:.2f}]"

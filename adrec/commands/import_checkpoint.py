@@ -34,9 +34,13 @@ def import_checkpoint(
     from adrec.config import ModelConfig, RunConfig, parse
     from adrec.data.dataset import Dataset
     from adrec.errors import RunError
+    from adrec.files import check_output_folder
     from adrec.models import build_model
     from adrec.released import from_released, read_released
 
+    if not file.is_file():
+        raise RunError(f"{file}: no such file; give the released state dict (.pth)")
+    check_output_folder(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out}: exists and is not empty; choose another --out")
     state = from_released(read_released(file))

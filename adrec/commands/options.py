@@ -26,6 +26,18 @@ def integers(text: str, option: str, low: int, high: int) -> list[int]:
     return list(dict.fromkeys(values))
 
 
+def section(values: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The section ``name`` of nested settings, made when missing or empty; raises ConfigError when it is a value."""
+    found = values.get(name)
+    if found is None:
+        found = values[name] = {}
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{where}: '{name}' is a value, not a section: {str(found)[:80]}; expected settings, {name}: {{key: value}}"
+        )
+    return found
+
+
 def apply_settings(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Put ``section.key=value`` assignments (values read as YAML) into nested settings; returns ``values``."""
     for assignment in assignments:
@@ -34,10 +46,8 @@ def apply_settings(values: dict[str, Any], assignments: Iterable[str]) -> dict[s
             raise ConfigError(f"--set '{assignment}': expected section.key=value, such as model.width=64")
         *sections, name = key.strip().split(".")
         target = values
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"--set '{assignment}': '{section}' is a value, not a section")
+        for part in sections:
+            target = section(target, part, f"--set '{assignment}'")
         try:
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError as error:

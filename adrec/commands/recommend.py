@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,7 +28,7 @@ def recommend(
     exclude_history: Annotated[bool, typer.Option("--exclude-history", help="Leave out the user's own items.")] = False,
     separator: Annotated[str, typer.Option(help="Between the ids of a CSV history.")] = " ",
     engine: Annotated[str, typer.Option(help="Engine that computes.")] = "cached",
-    device: Annotated[str, typer.Option(help="torch device, such as cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Users at a time.")] = 512,
 ) -> None:
     """Recommend for every user of a file, streaming; the output appears only when it is complete.
@@ -37,17 +37,26 @@ def recommend(
     interaction a row (`user`, `item`), a user's rows together, oldest first. Users without a known item get the most
     popular ones and say so in the column `source`.
     """
-    from adrec.errors import ConfigError, nearest
+    from adrec.errors import ConfigError
+    from adrec.files import check_output
     from adrec.recommender import Recommender
     from adrec.streaming import file_format, open_output, read_histories
 
-    if unknown not in ("drop", "raise"):
-        raise ConfigError(f"--unknown is '{unknown}'{nearest(unknown, ['drop', 'raise'])}; allowed: drop, raise")
     if not separator:
         raise ConfigError("--separator is empty; give one character or more")
     file_format(out, "--out")
+    check_output(out, "--out")
     file_format(source, "--input")
     recommender = Recommender.load(run, engine, device)
+    options: dict[str, Any] = {
+        "steps": steps,
+        "seed": seed,
+        "unknown": unknown,
+        "exclude_history": exclude_history,
+        "batch_size": batch_size,
+    }
+    # A wrong option is refused also when there is no user.
+    recommender.recommend([], k, **options)
     users = read_histories(source, separator)
     done = dropped = fallback = 0
     columns = (
@@ -63,15 +72,7 @@ def recommend(
             with warnings.catch_warnings():
                 # The summary below says it once for the whole file.
                 warnings.simplefilter("ignore", UserWarning)
-                results = recommender.recommend(
-                    [user.history for user in batch],
-                    k,
-                    steps=steps,
-                    seed=seed,
-                    unknown=unknown,  # type: ignore[arg-type]
-                    exclude_history=exclude_history,
-                    batch_size=batch_size,
-                )
+                results = recommender.recommend([user.history for user in batch], k, **options)
             writer.write([user.user for user in batch], results)
             done += len(batch)
             dropped += sum(result.unknown for result in results)

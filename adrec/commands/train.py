@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from adrec.commands.options import apply_settings
+from adrec.commands.options import apply_settings, section
 
 
 def register(app: typer.Typer) -> None:
@@ -41,13 +41,15 @@ def train(
     """
     from adrec.config import RunConfig, load_yaml, parse
     from adrec.data.dataset import Dataset
-    from adrec.errors import ConfigError, nearest
+    from adrec.devices import check_accelerator
+    from adrec.errors import ConfigError
+    from adrec.files import check_output_folder
     from adrec.training.stages import JOB, train_run
 
-    if device not in ("auto", "cpu", "gpu"):
-        raise ConfigError(f"--device is '{device}'{nearest(device, ['auto', 'cpu', 'gpu'])}; allowed: auto, cpu, gpu")
+    check_accelerator(device)
     if devices != "auto" and not (devices.isascii() and devices.isdigit() and int(devices) > 0):
         raise ConfigError(f"--devices is '{devices}'; allowed: auto or a whole number from 1")
+    check_output_folder(out, "--out")
     console = Console(soft_wrap=True)
     dataset = Dataset.load(data)
     values: dict[str, Any] = {} if config is None else load_yaml(config)
@@ -55,17 +57,17 @@ def train(
         # An interrupted run knows its settings; giving others is refused below.
         values = load_yaml(out / JOB)
         values.pop("dataset_fingerprint", None)
-    for section in ("model", "train"):
-        values[section] = values.get(section) or {}
-    values["model"].setdefault("items", dataset.item_count)
-    if model is not None and values["model"].setdefault("model", model) != model:
-        raise ConfigError(f"--model is '{model}', but the settings say '{values['model']['model']}'; drop one")
+    where = str(config or "settings")
+    model_section, train_section = section(values, "model", where), section(values, "train", where)
+    model_section.setdefault("items", dataset.item_count)
+    if model is not None and model_section.setdefault("model", model) != model:
+        raise ConfigError(f"--model is '{model}', but the settings say '{model_section['model']}'; drop one")
     if seed is not None:
-        values["train"]["seed"] = seed
+        train_section["seed"] = seed
     if epochs is not None:
         for stage in ("pretrain", "main"):
-            values["train"].setdefault(stage, {})["epochs"] = epochs
-    run_config = parse(RunConfig, apply_settings(values, settings or []), str(config or "settings"))
+            section(train_section, stage, where)["epochs"] = epochs
+    run_config = parse(RunConfig, apply_settings(values, settings or []), where)
     train_run(
         dataset,
         str(data),

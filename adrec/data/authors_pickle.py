@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 from adrec.errors import DataError
 
 SPLITS = ("train", "val", "test")
+# Ids are rows of a table: one far beyond the number of interactions is no item but a damaged or raw id.
+ALWAYS_ALLOWED = 10_000_000
+LARGEST_SHARE = 100
 
 
 class RefusingUnpickler(pickle.Unpickler):
@@ -51,7 +54,23 @@ def read_authors_pickle(path: Path) -> tuple[list[list[int]], list[list[int]], l
         )
     if not any(train):
         raise DataError(f"{path}: 'train' holds no interaction; there is nothing to train on")
+    _refuse_absurd_ids(path, {"train": train, "val": validation, "test": test})
     return train, validation, test
+
+
+def _refuse_absurd_ids(path: Path, splits: dict[str, list[list[int]]]) -> None:
+    interactions = sum(len(row) for rows in splits.values() for row in rows)
+    allowed = max(ALWAYS_ALLOWED, LARGEST_SHARE * interactions)
+    for split, rows in splits.items():
+        largest = max(chain.from_iterable(rows), default=0)
+        if largest > allowed:
+            user = next(user for user, row in enumerate(rows) if largest in row)
+            shown = str(largest) if largest < 10**40 else "of more than 40 digits"
+            raise DataError(
+                f"{path}: {split}[{user}] holds the item id {shown}, but there are only {interactions}"
+                f" interactions; allowed here: 1 to {allowed}. Ids number the items from 1 to N: renumber them, or"
+                " prepare the raw interactions instead"
+            )
 
 
 def _checked(path: Path, split: str, rows: list[Any]) -> list[list[int]]:

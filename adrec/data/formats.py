@@ -117,7 +117,7 @@ def _recognise(path: Path, head: bytes) -> Format:
         return Format.RECBOLE
     if line.startswith("{"):
         return Format.AMAZON
-    if is_ratings_dat(line) or is_u_data(line):
+    if name == "ratings.dat" or is_ratings_dat(line) or is_u_data(line):
         return Format.MOVIELENS
     if any(separator in line for separator in ",\t;|"):
         return Format.CSV

@@ -7,9 +7,11 @@ again line by line, so that good files do not pay for it.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+
+from adrec.data.json_text import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -58,10 +60,10 @@ def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple
             if not line.strip():
                 continue
             try:
-                if not isinstance(json.loads(line), dict):
+                if not isinstance(parse_json(line), dict):
                     return number, f"expected a JSON object, found {line.strip()[:40]!r}"
-            except json.JSONDecodeError as error:
-                return number, f"not a JSON object ({error.msg}, column {error.pos + 1})"
+            except ValueError as error:
+                return number, f"not a JSON object ({error})"
         return None
     if layout != "quoted":
         for number, line in enumerate(_lines(path), start=1):
@@ -81,6 +83,18 @@ def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple
     except csv.Error as error:
         return number, f"{error}"
     return None
+
+
+def row_note(path: Path, number: int, layout: str, separator: str, width: int) -> str:
+    """Return what explains a value that is missing from line ``number``: its fields, or the keys of its object."""
+    line = next(islice(_lines(path), number - 1, None), "")
+    if layout == "json":
+        try:
+            return f" (keys: {', '.join(list(parse_json(line))[:20])})"
+        except ValueError:
+            return ""
+    fields = line.count(separator) + 1
+    return f" ({fields} fields, expected {width})" if layout != "quoted" and fields != width else ""
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
-import json
 import re
 import zlib
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from pathlib import Path
 import polars as pl
 
 from adrec.data.columns import ColumnNames, choose_columns
-from adrec.data.formats import BYTE_ORDER_MARK, TYPED_COLUMN, Format, Source, is_ratings_dat, is_u_data
-from adrec.data.line_numbers import line_of_row, malformed_line
+from adrec.data.formats import BYTE_ORDER_MARK, TYPED_COLUMN, Format, Source, is_u_data
+from adrec.data.json_text import parse_json
+from adrec.data.line_numbers import line_of_row, malformed_line, row_note
 from adrec.errors import DataError
 
 MOVIELENS_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
@@ -75,7 +75,8 @@ def read_table(source: Source, asked: ColumnNames, needs_rating: bool, work: Pat
         untyped = {role for role in untyped if not isinstance(first[getattr(columns, role)], str)}
 
     def place(row: int) -> str:
-        return f"{source.path}: line {line_of_row(text, row, layout.kind, layout.separator)}"
+        line = line_of_row(text, row, layout.kind, layout.separator)
+        return f"{source.path}: line {line}{row_note(text, line, layout.kind, layout.separator, len(layout.names))}"
 
     return RawTable(pl.scan_parquet(parsed, glob=False), place, frozenset(untyped))
 
@@ -98,7 +99,7 @@ def _layout(source: Source) -> _TextLayout:
         return _TextLayout("json", "", tuple(_first_object(source)))
     if source.format is Format.RECBOLE:
         return _TextLayout("header", "\t", _untyped_names(source.path, line))
-    if source.format is Format.MOVIELENS and is_ratings_dat(line):
+    if source.format is Format.MOVIELENS and "::" in line:
         return _TextLayout("bare", "::", MOVIELENS_COLUMNS)
     if source.format is Format.MOVIELENS and is_u_data(line):
         return _TextLayout("bare", "\t", MOVIELENS_COLUMNS)
@@ -120,9 +121,9 @@ def _untyped_names(path: Path, header: str) -> tuple[str, ...]:
 
 def _first_object(source: Source) -> dict[str, object]:
     try:
-        first = json.loads(source.first_line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source.path}: line 1: not a JSON object ({error.msg}, column {error.pos + 1})") from None
+        first = parse_json(source.first_line)
+    except ValueError as error:
+        raise DataError(f"{source.path}: line 1: not a JSON object ({error})") from None
     if not isinstance(first, dict):
         raise DataError(f"{source.path}: line 1: expected a JSON object, found {source.first_line[:40]!r}")
     return first

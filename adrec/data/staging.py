@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adrec.errors import DataError
+from adrec.files import check_output_folder, usual_mode
 
 DATASET_FILES = frozenset({"dataset.json", "items.parquet", "users.parquet", "sequences.parquet"})
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
-    """Refuse a destination that exists and must not be replaced, before any work is done.
+    """Refuse a destination that cannot be written or must not be replaced, before any work is done.
 
     An empty directory is fine. A prepared data set is replaced only with ``overwrite``; a directory that
-    holds any file adrec did not write is never replaced. Raises: `DataError`.
+    holds any file adrec did not write is never replaced. Raises: `DataError`, `ConfigError`.
     """
     if not out.exists():
+        check_output_folder(out, "--out")
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file; --out must be a directory, new, empty or a data set")
@@ -75,13 +77,6 @@ def work_directory(out: Path) -> Iterator[Path]:
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def usual_mode(mode: int) -> int:
-    """Return the rights a new file or directory gets; `tempfile` makes private ones."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mode & ~mask
 
 
 def _move_into_place(staged: Path, out: Path, overwrite: bool) -> None:

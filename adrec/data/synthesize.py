@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,9 @@ from numpy.typing import NDArray
 from adrec.data.dataset import Dataset, build_dataset
 from adrec.data.jagged import Jagged
 from adrec.data.split import leave_one_out
-from adrec.data.staging import usual_mode
 from adrec.data.synthetic import RingLaw, draw_sequences, sequence_lengths
 from adrec.errors import DataError
+from adrec.files import check_output, replacing
 
 FIRST_TIME = 1_600_000_000
 SECONDS_PER_YEAR = 31_536_000
@@ -69,14 +67,13 @@ def write_raw(path: Path, users: int, items: int, mean_length: float, seed: int 
     Users start at a random second of one year and wait one minute to a day between interactions. Only items
     that occur are in a raw file, and a k-core changes the distribution further, so the stated HR@20 then hold
     approximately. Returns the number of rows. Raises: `DataError` for another suffix than .csv or .parquet, a
-    file that exists, or arguments out of range.
+    file that exists or cannot be written, or arguments out of range.
     """
+    check_output(path, "--raw")
     if path.suffix not in RAW_SUFFIXES:
         raise DataError(f"--raw {path}: must end in {' or '.join(RAW_SUFFIXES)}")
     if path.exists():
         raise DataError(f"--raw {path}: exists; choose a new file or remove it")
-    if not path.parent.is_dir():
-        raise DataError(f"--raw {path}: the directory {path.parent} does not exist; make it first")
     values, offsets = _draw(users, mean_length, seed, law or RingLaw(items))
     lengths = np.diff(offsets)
     generator = np.random.default_rng([seed, 1])
@@ -91,15 +88,8 @@ def write_raw(path: Path, users: int, items: int, mean_length: float, seed: int 
             "timestamp": FIRST_TIME + elapsed,
         }
     ).sort("timestamp", maintain_order=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
+    with replacing(path) as partial:
         frame.write_csv(partial) if path.suffix == ".csv" else frame.write_parquet(partial)
-        Path(partial).chmod(usual_mode(0o666))
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
     return len(values)
 
 

@@ -18,7 +18,7 @@ def test_fingerprint_names_versions_and_threads() -> None:
     found = read_environment()
     assert found.machine.threads == torch.get_num_threads()
     assert found.versions["torch"] is not None
-    assert set(found.versions) == {"python", "adrec", "torch", "triton", "numpy", "onnxruntime", "tensorrt"}
+    assert {"python", "adrec", "torch", "triton", "numpy", "onnxruntime", "tensorrt"} <= set(found.versions)
     assert found.machine.processor
 
 

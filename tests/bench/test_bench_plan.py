@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from adrec.errors import ConfigError
-from bench.cli import parse_list
 from bench.plan import Plan, make_plan
 
 
@@ -56,14 +55,3 @@ def test_without_the_reference_the_baseline_is_the_first_engine_and_said() -> No
 def test_wrong_axes(wrong: dict[str, list[int]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _plan(**wrong)  # type: ignore[arg-type]
-
-
-def test_lists_are_parsed_with_spaces() -> None:
-    assert parse_list("--steps", "1, 2,32", int, "numbers") == [1, 2, 32]
-    assert parse_list("--engines", "a", str, "names") == ["a"]
-
-
-@pytest.mark.parametrize("text", ["", "1,,2", "1,x", "1.5", ","])
-def test_unreadable_lists(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--steps .*cannot read .*expected whole numbers"):
-        parse_list("--steps", text, int, "whole numbers")

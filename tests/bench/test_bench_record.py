@@ -9,19 +9,16 @@ from pathlib import Path
 import pytest
 
 from adrec.errors import DataError
-from bench.record import (
-    RecordWriter,
-    TradeoffRecord,
-    latest_records,
-    read_records,
-    write_bytes_atomically,
-    write_records,
-)
+from bench.record import RecordWriter, TradeoffRecord, latest_records, read_records
 
 
 @pytest.fixture
 def written(tmp_path: Path, tiny_records: list[TradeoffRecord]) -> Path:
-    return write_records(tmp_path / "deep" / "records.jsonl", tiny_records)
+    path = tmp_path / "deep" / "records.jsonl"
+    with RecordWriter(path) as writer:
+        for record in tiny_records:
+            writer.write(record)
+    return path
 
 
 def test_round_trip(written: Path, tiny_records: list[TradeoffRecord]) -> None:
@@ -96,17 +93,20 @@ def test_latest_records_keep_the_last_of_a_cell(tiny_records: list[TradeoffRecor
     assert kept[1] is again
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_bytes_atomically(tmp_path / "file", b"old")
+def test_records_without_the_overlap_of_their_own_engine_are_read(written: Path) -> None:
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    for row in rows:
+        for name in ("fraction", "users"):
+            del row["accuracy"][f"engine_top20_overlap_{name}"]
+    written.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {row.accuracy.engine_top20_overlap_fraction for row in read_records(written) if row.accuracy} == {None}
 
-    def refuse(source: object, target: object) -> None:
-        raise OSError("disk full")
 
-    monkeypatch.setattr("bench.record.os.replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        write_bytes_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}"], ids=["deep", "digits"])
+def test_json_beyond_pythons_limits_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "odd.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=r"odd\.jsonl, line 1: not valid JSON"):
+        read_records(tmp_path / "odd.jsonl")
 
 
 def test_units_are_in_the_names(tiny_records: list[TradeoffRecord]) -> None:

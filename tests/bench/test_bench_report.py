@@ -11,7 +11,7 @@ from pathlib import Path
 import plotly.graph_objects
 import pytest
 
-from adrec.errors import DataError
+from adrec.errors import AdrecError, DataError
 from bench.charts import charts_of
 from bench.plotly_figures import plotly_figure
 from bench.recommendation import recommendation, share
@@ -157,6 +157,34 @@ def test_recommendation_keeps_the_steps_when_fewer_lose_too_much(tiny_records: l
     twin = _with(rows["reference", 4], exact, 9.3, 0.5)
     assert recommendation([*few, twin])[0].endswith("As fast within 5 %: reference, 4 steps.")
     assert recommendation(few)[0].startswith("Batch of 1 user: keep 4 steps with the cached engine")
+
+
+def _timed(record: TradeoffRecord, **update: object) -> TradeoffRecord:
+    assert record.timing is not None
+    return record.model_copy(update={"timing": record.timing.model_copy(update=update)})
+
+
+def test_recommendation_is_withheld_where_timings_are_too_few_or_uncertain(tiny_records: list[TradeoffRecord]) -> None:
+    rows = _rows(tiny_records)
+    exact = Estimate(value=100.0, low=100.0, high=100.0)
+    choice, baseline = _with(rows["cached", 1], exact, 2.0, 0.1), _with(rows["reference", 4], exact, 9.0, 1.0)
+    assert "choose 1 step" in recommendation([choice, baseline])[0]
+    for few in ([_timed(choice, calls=9), baseline], [choice, _timed(baseline, calls=9)]):
+        assert re.search("Batch of 1 user: no choice, because .* in 9 calls only", recommendation(few)[0])
+    wide = _timed(choice, time_ratio_to_baseline=Estimate(value=0.1, low=0.07, high=0.15))
+    words = recommendation([wide, baseline])
+    assert words[0].startswith("Batch of 1 user: no choice, because the time ratio of the fastest setting")
+    assert not any("choose" in sentence for sentence in words)
+
+
+def test_places_that_cannot_be_written_are_refused(tiny_records: list[TradeoffRecord], tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(AdrecError, match=r"notes\.txt is a file, not a folder"):
+        write_report(tiny_records, tmp_path / "notes.txt")
+    (tmp_path / "page.md").mkdir()
+    with pytest.raises(AdrecError, match=r"page\.md: a folder"):
+        write_report(tiny_records, tmp_path / "page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "page.md"]
 
 
 def test_recommendation_warns_of_failures_and_compares_with_the_baselines(

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from adrec.engines import ENGINES, CachedEngine
-from adrec.errors import AdrecError, DataError, NotSupportedError, RunError
+from adrec.errors import AdrecError, NotSupportedError, RunError
 from bench.cli import register
 from bench.record import TradeoffRecord, read_records
 from bench.subject import draw_batches, load_subject
@@ -50,10 +50,16 @@ def test_exact_rows_are_the_reference_of_all_others(tiny_records: list[TradeoffR
             kept = row.accuracy.ndcg20_kept_percent
             assert kept is not None
             assert (kept.low, kept.high) == pytest.approx((100.0, 100.0))
+        assert row.accuracy.engine_top20_overlap_users == (60 if row.engine else 0)
+        if row.engine is not None:
+            assert row.accuracy.engine_top20_overlap_fraction == pytest.approx(
+                row.accuracy.top20_overlap_fraction, abs=0.02
+            )
         if row.engine == "reference":
             assert row.timing is not None
             assert row.accuracy.measured_with == "cached"
             assert row.accuracy.engine_agreement_fraction == pytest.approx(1.0, abs=0.02)
+            assert row.accuracy.engine_agreement_users == 60
             if row.steps == row.exact_steps:
                 ratio = row.timing.time_ratio_to_baseline
                 assert ratio is not None
@@ -103,10 +109,13 @@ def test_an_interrupted_sweep_keeps_what_it_measured(
 
 def test_bad_input_is_refused_before_measuring(tiny_run: Path, tmp_path: Path) -> None:
     for wrong, message in (
-        ({"device": "warp"}, "not a device"),
+        ({"device": "warp"}, "device is 'warp'; allowed: cpu, cuda"),
         ({"threads": 0}, "--threads 0"),
         ({"users": 0}, "--users 0"),
         ({"protocol": TimingProtocol(seconds=0.0)}, "--seconds-per-cell 0.0"),
+        ({"protocol": TimingProtocol(seconds=float("nan"))}, "--seconds-per-cell nan"),
+        ({"protocol": TimingProtocol(seconds=float("inf"))}, "--seconds-per-cell inf"),
+        ({"out": tmp_path}, "--out is .*: a folder"),
         ({"steps": [5]}, "allowed are 1 to 4"),
     ):
         with pytest.raises(AdrecError, match=message):
@@ -127,19 +136,19 @@ def test_data_that_moved_or_differs(tiny_run: Path, tmp_path: Path) -> None:
     data = tiny_run.parent / "data"
     assert load_subject(copy, data, "test", None).notices == []
     (copy / "run.json").write_text(json.dumps(info | {"dataset_fingerprint": "0" * 64}))
-    assert "for other data" in load_subject(copy, data, "test", None).notices[0]
-    from adrec.data.dataset import Dataset
-
-    Dataset.from_lists([[1, 2]], [[3]], [[4]]).save(tmp_path / "small")
-    with pytest.raises(DataError, match="4 items, the run 40"):
-        load_subject(copy, tmp_path / "small", "test", None)
+    with pytest.raises(RunError, match=r"is not that of the run's data set 'tiny'.*item ids would not match"):
+        load_subject(copy, data, "test", None)
 
 
-def _invoke(*arguments: str) -> Any:
+def _app() -> typer.Typer:
     app = typer.Typer()
     register(app)
     app.command("other")(lambda: None)
-    return CliRunner().invoke(app, ["bench", *arguments])
+    return app
+
+
+def _invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(_app(), ["bench", *arguments])
 
 
 def test_command_line_measures_and_reports(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +173,12 @@ def test_command_line_measures_and_reports(tiny_run: Path, tmp_path: Path, monke
     report = _invoke("report", out, "--out", str(tmp_path / "page"))
     assert report.exit_code == 0, report.output
     assert (tmp_path / "page" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("option", "text"), [("--steps", "1,x"), ("--batch-sizes", "0"), ("--seeds", "-1")])
+def test_command_line_refuses_lists(tiny_run: Path, option: str, text: str) -> None:
+    with pytest.raises(AdrecError, match=option):
+        CliRunner().invoke(_app(), ["bench", "tradeoff", str(tiny_run), option, text], catch_exceptions=False)
 
 
 def test_command_line_describes_the_machine() -> None:

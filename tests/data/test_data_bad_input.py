@@ -57,9 +57,22 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
         r"line 2: byte 0xff is not UTF-8",
     ),
     "column twice": ("log.csv", "user_id,user_id,item_id,time\n1,2,3,4\n", r"'user_id' stands 2 times"),
-    "u.data short": ("u.data", "1\t2\t3\t4\n1\t2\t3\n", r"u\.data: line 2: no value in the time column"),
+    "u.data short": ("u.data", "1\t2\t3\t4\n1\t2\t3\n", r"u\.data: line 2 \(3 fields, expected 4\): no value"),
     "u.data long": ("u.data", "1\t2\t3\t4\n1\t2\t3\t4\t5\n", r"u\.data: line 2: 5 fields, expected 4"),
     "ratings.dat": ("ratings.dat", "1::2::3::4\n1::2::3::x\n", r"ratings\.dat: line 2: the time 'x'"),
+    "ratings.dat short": ("ratings.dat", "1::2::3\n", r"ratings\.dat: line 1 \(3 fields, expected 4\): no value"),
+    "ratings.dat long": (
+        "ratings.dat",
+        "1::2::3::4\n1::2::3::4::5\n",
+        r"line 2 \(5 fields, expected 4\): the time '4::5'",
+    ),
+    "json too deep": ("log.json", '{"asin": ' + "[" * 100_000, r"line 1: not a JSON object \(.*nested too deeply"),
+    "json too deep later": (
+        "log.json",
+        REVIEW + '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
+        r"line 2: not a JSON",
+    ),
+    "json huge integer": ("log.json", '{"unixReviewTime": ' + "9" * 5000 + "}\n", r"line 1: .* thousands of digits"),
     "untyped inter": (
         "a.inter",
         "user_id\titem_id:token\n1\t2\n",
@@ -75,7 +88,7 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
     "json without item": (
         "log.json",
         REVIEW + '{"reviewerID": "A"}\n',
-        r"line 2: no value in the item column",
+        r"line 2 \(keys: reviewerID\): no value in the item column",
     ),
     "json without time": ("log.json", '{"reviewerID": "A", "asin": "B"}\n', r"line 1: no time column among"),
     "unknown": ("log", "hello\n", r"line 1: 'hello' fits no known format"),
@@ -159,6 +172,15 @@ def test_pickle_with_harmless_global_is_refused(tmp_path: Path) -> None:
 
     (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(OrderedDict(train=[[1]])))
     refused(tmp_path / "dataset.pkl", r"names the global collections\.OrderedDict")
+
+
+@pytest.mark.parametrize("item", [2 * 10**9, 10**30, 10**5000], ids=["large", "beyond 64 bits", "beyond text"])
+def test_pickle_with_an_absurd_item_id_is_refused(tmp_path: Path, item: int) -> None:
+    content = {"train": [[1, 2], [3, item]], "val": [[], []], "test": [[], []]}
+    (tmp_path / "dataset.pkl").write_bytes(pickle.dumps(content))
+    refused(
+        tmp_path / "dataset.pkl", r"train\[1\] holds the item id .*only 4 interactions; allowed here: 1 to 10000000"
+    )
 
 
 def test_pickle_with_outside_object_is_refused(tmp_path: Path) -> None:

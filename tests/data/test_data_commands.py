@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from adrec.commands.prepare import register
 from adrec.data.dataset import Dataset
-from adrec.errors import DataError
+from adrec.errors import AdrecError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,24 @@ def test_errors_reach_the_caller_as_data_errors(app: typer.Typer, tmp_path: Path
     assert not (tmp_path / "raw.csv").exists()
     run(app, "synthesize", "--out", tmp_path / "out", "--users", 30, "--items", 20, "--overwrite")
     assert Dataset.load(tmp_path / "out").user_count == 30
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--raw", "none/raw.csv", "the folder .*none does not exist"),
+        ("--raw", "folder.csv", "a folder; give the name of a file"),
+        ("--out", "file/out", "file is a file, not a folder"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_any_work(
+    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, name: str, message: str
+) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.delattr("adrec.data.synthesize._draw")
+    with pytest.raises(AdrecError, match=message):
+        run(app, "synthesize", option, tmp_path / name)
 
 
 def test_help_states_the_rules(app: typer.Typer) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from adrec import cli
 from adrec.checkpoint import load_run
 from adrec.cli import build_app
 from adrec.commands import environment
@@ -63,6 +64,8 @@ def rows(trained: tuple[Path, str], data: Path, tmp_path_factory: pytest.TempPat
         "evaluate", trained[0], "--steps", "1,4,1", "--seeds", "0,7", "--history", "both", "--strata", "--json", path
     )
     assert "full ranking of 40 items" in shown
+    assert all(name in shown for name in METRICS)
+    assert "no sasrec+ row" not in shown
     assert f"written to {path}" in shown.replace("\n", "")
     written = json.loads(path.read_text("utf-8"))
     assert (written["run"], written["dataset"]) == (str(trained[0]), "tiny")
@@ -195,7 +198,7 @@ def test_evaluate_says_where_the_data_was(trained: tuple[Path, str], tmp_path: P
     shutil.copytree(trained[0], run)
     info = json.loads((run / "run.json").read_text("utf-8"))
     (run / "run.json").write_text(json.dumps(info | {"data_path": str(tmp_path / "gone")}), "utf-8")
-    with pytest.raises(RunError, match=r"gone, which is not there; say where the data is with --data"):
+    with pytest.raises(RunError, match=r"gone', which is not there; say where the data is with --data"):
         adrec("evaluate", run)
 
 
@@ -307,3 +310,93 @@ def test_errors_end_in_a_message_and_status_2(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {tmp_path / '[none]'}: not a finished run")
     assert "Traceback" not in result.stderr
     assert issubclass(RunError, AdrecError)
+
+
+def test_an_unforeseen_system_error_ends_in_a_message_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> Any:
+        return lambda: Path("no/such/file").read_bytes()
+
+    monkeypatch.setattr(cli, "build_app", fails)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: no/such/file: No such file or directory\n"
+
+
+def test_evaluate_beside_another_baseline(integer_run: Path, baseline: Path, data: Path, tmp_path: Path) -> None:
+    alone = adrec("evaluate", integer_run, "--data", data, "--history", "keep")
+    assert "no sasrec+ row: the run holds no baseline; name a SASRec+ run with --baseline RUN" in alone
+    out = tmp_path / "rows.json"
+    shown = adrec("evaluate", integer_run, "--data", data, "--history", "keep", "--baseline", baseline, "--json", out)
+    assert "no sasrec+ row" not in shown
+    rows = json.loads(out.read_text("utf-8"))["rows"]
+    assert [row["system"] for row in rows] == ["popularity", "sasrec+", "adrec"]
+    assert f"{rows[1]['NDCG@20']['value']:.2f}" in shown
+    assert f"[{rows[1]['NDCG@20']['low']:.2f}, {rows[1]['NDCG@20']['high']:.2f}]" in shown
+    with pytest.raises(RunError, match="allowed: a sasrec run beside an adrec run"):
+        adrec("evaluate", integer_run, "--data", data, "--baseline", integer_run)
+    with pytest.raises(RunError, match="allowed: a sasrec run beside an adrec run"):
+        adrec("evaluate", baseline, "--data", data, "--baseline", baseline)
+    other = tmp_path / "other"
+    shutil.copytree(baseline, other)
+    info = json.loads((other / "run.json").read_text("utf-8"))
+    (other / "run.json").write_text(json.dumps(info | {"dataset_fingerprint": "0" * 64}), "utf-8")
+    with pytest.raises(RunError, match="give a run of the same data set"):
+        adrec("evaluate", integer_run, "--data", data, "--baseline", other)
+
+
+@pytest.mark.parametrize("name", ["none/rows.json", "folder"])
+def test_outputs_are_checked_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--json is"):
+        adrec("evaluate", tmp_path / "no run", "--json", tmp_path / name)
+    with pytest.raises(ConfigError, match="--out is"):
+        adrec("recommend", tmp_path / "no run", "--input", tmp_path / "in.csv", "--out", tmp_path / f"{name}.csv")
+    for command in (["train", "no data"], ["import-checkpoint", tmp_path / "file", "--dataset", "no data"]):
+        with pytest.raises(ConfigError, match="file is a file, not a folder; choose another --out"):
+            adrec(*command, "--out", tmp_path / "file")
+
+
+def test_a_missing_checkpoint_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"nope\.pth: no such file"):
+        adrec("import-checkpoint", tmp_path / "nope.pth", "--dataset", "data", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recommend"])
+def test_a_wrong_device_is_no_fault_of_the_run(trained: tuple[Path, str], tmp_path: Path, command: str) -> None:
+    more = ["--input", tmp_path / "in.csv", "--out", tmp_path / "out.csv"] if command == "recommend" else []
+    with pytest.raises(ConfigError, match="device is 'foo'; allowed: cpu, cuda"):
+        adrec(command, trained[0], "--device", "foo", *more)
+
+
+def test_train_on_a_gpu_that_is_not_there(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device is 'gpu', but torch finds no CUDA devices here; allowed: auto, cpu"):
+        adrec("train", data, "--out", tmp_path / "run", "--device", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [1]\n", "'model' is a value, not a section"),
+        ("train: 3\n", "'train' is a value, not a section"),
+        ("train: {main: [1]}\n", "'main' is a value, not a section"),
+    ],
+)
+def test_train_refuses_a_configuration_of_another_shape(data: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        train(data, tmp_path / "run", "--config", str(tmp_path / "my.yaml"))
+
+
+def test_an_empty_stage_takes_the_epochs(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("model:\ntrain: {pretrain: null}\n")
+    options = ("--config", str(tmp_path / "my.yaml"), "--model", "sasrec", "--epochs", "1")
+    train(data, tmp_path / "run", *options)
+    settings = load_run(tmp_path / "run").settings.train
+    assert settings is not None
+    assert settings.pretrain.epochs == 1

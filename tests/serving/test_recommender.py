@@ -244,16 +244,41 @@ def test_other_shapes_are_refused_in_words(recommender: Recommender, histories: 
         recommender.recommend(histories)
 
 
-def test_stream_equals_recommend(recommender: Recommender) -> None:
-    batches = iter([HISTORIES[:2], HISTORIES[2:]])
-    streamed = [result for batch in recommender.stream(batches, k=5, steps=2) for result in batch]
-    assert_same(streamed, recommender.recommend(HISTORIES, 5, steps=2))
+@pytest.mark.parametrize("histories", [[], [[1]], [[41]]], ids=["none", "known", "unknown"])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"k": True}, "k is True; allowed: 1 to 40"),
+        ({"k": 2.0}, "k is 2.0"),
+        ({"k": "3"}, "k is '3'"),
+        ({"steps": 5}, "steps is 5; allowed: 1 to 4"),
+        ({"steps": True}, "steps is True"),
+        ({"unknown": "rais"}, r"unknown is 'rais' \(did you mean 'raise'\?\); allowed: drop, raise"),
+        ({"unknown": None}, "unknown is None"),
+        ({"batch_size": 0}, "batch_size is 0; allowed: 1 to"),
+        ({"batch_size": -1}, "batch_size is -1"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_whatever_the_histories(
+    recommender: Recommender, histories: list[list[int]], option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recommender.recommend(histories, **option)
+
+
+@pytest.mark.parametrize("device", ["gpu", "foo", "cuda:999", "mps", "cpu:0", ""])
+def test_devices_are_checked_before_the_run_is_read(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}'.*allowed: "):
+        Recommender.load(tmp_path / "none", device=device)
 
 
 def test_baseline_has_no_steps_and_no_noise(make_run: Any) -> None:
     recommender = Recommender.load(make_run(model="sasrec"))
     found = recommender.recommend(HISTORIES, 10)
-    assert_same(recommender.recommend(HISTORIES, 10, steps=32, seed=4, user_keys=range(6)), found)
+    assert_same(recommender.recommend(HISTORIES, 10, steps=None, seed=4, user_keys=range(6)), found)
+    with pytest.raises(ConfigError, match="steps is 2; allowed: 1 to 1, a SASRec"):
+        recommender.recommend(HISTORIES, 10, steps=2)
     rows = recommender.engine.represent(Jagged.from_lists(HISTORIES))
     best = (rows @ recommender.run.model.table.detach()[1:].T).topk(10).indices + 1
     assert [result.items for result in found] == best.tolist()

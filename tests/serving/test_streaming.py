@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from adrec import Recommender
+from adrec import Recommender, streaming
 from adrec.cli import build_app
 from adrec.errors import AdrecError, DataError
 from adrec.recommender import Recommendation
-from adrec.streaming import UserHistory, file_format, open_output, read_histories
+from adrec.streaming import SeenUsers, UserHistory, file_format, open_output, read_histories
 
 USERS: list[tuple[str, list[int]]] = [
     ("anna", [1, 2, 3]),
@@ -177,6 +177,14 @@ def test_upper_case_suffix(tmp_path: Path) -> None:
         ("a.jsonl", '{"history": "1 2"}\n', r"a\.jsonl, line 1: 'history' is '1 2'; expected a list"),
         ("a.jsonl", '{"history": [1]}\n{"history": [1.5]}\n', r"a\.jsonl, line 2: 'history' is '\[1\.5\]'"),
         ("a.jsonl", '{"history": null}\n', r"a\.jsonl, line 1: 'history' is 'None'"),
+        ("a.jsonl", '{"items": [1], "name": 2}\n', r"expected an object with 'history' .*found the keys items, name"),
+        ("a.jsonl", '{"history": [1]}\n' + "[" * 100_000, r"a\.jsonl, line 2: not JSON: .*nested too deeply"),
+        ("a.jsonl", '{"history": [' + "9" * 5000 + "]}\n", r"a\.jsonl, line 1: not JSON: .*thousands of digits"),
+        ("a.jsonl", '{"user": 1.5, "history": [1]}\n', r"line 1: 'user' is '1.5'; expected text or an integer"),
+        ("a.jsonl", '{"user": null, "history": [1]}\n', r"line 1: 'user' is 'None'"),
+        ("a.jsonl", '{"user": true, "history": [1]}\n', r"line 1: 'user' is 'True'"),
+        ("a.jsonl", '{"user": ["a"], "history": [1]}\n', r"line 1: 'user' is "),
+        ("a.csv", 'user,history\na,"' + "[" * 100_000 + '"\n', r"a\.csv, line 2: 'history' starts .*nested too deeply"),
         ("a.parquet", "not parquet", r"a\.parquet: not a Parquet file"),
     ],
 )  # fmt: skip
@@ -184,6 +192,15 @@ def test_malformed_input_names_file_and_line(tmp_path: Path, name: str, text: st
     (tmp_path / name).write_text(text, "utf-8")
     with pytest.raises(DataError, match=message):
         list(read_histories(tmp_path / name))
+
+
+def test_a_user_who_comes_back_is_found_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "SMALLEST_MERGE", 64)
+    seen = SeenUsers()
+    assert all(seen.add(f"user {number}") for number in range(5_000))
+    assert not any(seen.add(f"user {number}") for number in range(0, 5_000, 7))
+    assert seen.add("user 5000")
+    assert not seen.add("user 5000")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ def test_unknown_suffix(integer_run: Path, tmp_path: Path, name: str) -> None:
         recommend(integer_run, tmp_path / "in.csv", tmp_path / "out.txt")
     with pytest.raises(DataError, match="no such file"):
         list(read_histories(tmp_path / "none.csv"))
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(AdrecError, match="does not exist"):
         recommend(integer_run, tmp_path / "in.csv", tmp_path / "none" / "out.csv")
 
 
