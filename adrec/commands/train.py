@@ -39,7 +39,7 @@ def train(
 
     The run folder holds config.yaml, model.safetensors, metrics.json, logs (CSV, TensorBoard) and the SASRec+ baseline.
     """
-    from adrec.config import RunConfig, load_yaml, parse
+    from adrec.config import RunConfig, TrainConfig, load_yaml, parse
     from adrec.data.dataset import Dataset
     from adrec.devices import check_accelerator
     from adrec.errors import ConfigError
@@ -67,7 +67,14 @@ def train(
     if epochs is not None:
         for stage in ("pretrain", "main"):
             section(train_section, stage, where)["epochs"] = epochs
-    run_config = parse(RunConfig, apply_settings(values, settings or []), where)
+    apply_settings(values, settings or [])
+    if section(values, "model", where).get("model") == "sasrec":
+        # Alone, the baseline is what stage 1 would train.
+        for name in ("positions", "dropout", "embedding_dropout"):
+            stage_one = f"pretrain_{name}"
+            default = train_section.get(stage_one, TrainConfig.model_fields[stage_one].default)
+            model_section.setdefault(name, default)
+    run_config = parse(RunConfig, values, where)
     train_run(
         dataset,
         str(data),
