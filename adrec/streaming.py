@@ -75,7 +75,7 @@ class _Lines:
 
 
 class SeenUsers:
-    """Remembers users in about 12 bytes each, twice that while it merges, by a 64-bit digest of their id.
+    """Remembers users in about 12 bytes each, 30 while it merges, by a 64-bit digest of their id.
 
     Two ids with one digest would raise a false error: the chance is 3 in 10^8 among a million users, and 3 in 10^4
     among a hundred million.

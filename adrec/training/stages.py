@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +174,7 @@ class _Job:
         if self.progress:
             callbacks.append(_Progress())
         resumed = folder / "last.ckpt"
-        with warnings.catch_warnings():
-            _quiet_lightning()
+        with _quiet_lightning():
             epochs = _read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
             trainer = self._trainer(optimiser, callbacks, stage_loggers(out / LOGS, name, epochs))
             if self.train.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
@@ -188,11 +188,6 @@ class _Job:
             if not _ended(resumed, stopping, best):
                 trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
                 epochs = trainer.current_epoch
-        if not best.best_model_path:
-            raise RunError(
-                f"{name}: no validation was run in {optimiser.epochs} epochs;"
-                f" set validate_every ({optimiser.validate_every}) to at most epochs"
-            )
         weights = _read_checkpoint(Path(best.best_model_path))["state_dict"]
         prefix = "model." if module.average is None else "average.module."
         kept = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
@@ -292,15 +287,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _quiet_lightning() -> None:
-    # Its notes about accelerators and its advertisements say nothing that the milestones do not.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for message in (
-        ".*treespec, LeafSpec.*",
-        ".*does not have many workers.*",
-        ".*is not an instance of.*",
-        ".*Checkpoint directory.*exists.*",
-        ".*Experiment logs directory.*exists.*",
-    ):
-        warnings.filterwarnings("ignore", message)
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence its notes about accelerators and its advertisements, which say nothing that the milestones do not."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in (
+            ".*treespec, LeafSpec.*",
+            ".*does not have many workers.*",
+            ".*is not an instance of.*",
+            ".*Checkpoint directory.*exists.*",
+            ".*Experiment logs directory.*exists.*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

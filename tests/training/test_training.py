@@ -125,8 +125,8 @@ def test_the_run_holds_the_best_weights_not_the_last(
         for name in ("best", "last")
     }
     state = kept.model.state_dict()
-    assert all(torch.equal(value, weights["best"][f"model.{name}"]) for name, value in state.items())
-    assert not all(torch.equal(value, weights["last"][f"model.{name}"]) for name, value in state.items())
+    assert all(torch.equal(value, weights["best"][f"average.module.{name}"]) for name, value in state.items())
+    assert not all(torch.equal(value, weights["last"][f"average.module.{name}"]) for name, value in state.items())
 
 
 def test_training_stops_early(train_tiny: Any, tmp_path: Path) -> None:
@@ -165,7 +165,8 @@ def test_the_table_is_frozen_in_warm_up_and_moves_after(train_tiny: Any, tmp_pat
 
 
 def test_frozen_decay_is_what_adam_does_to_zero_gradients(train_tiny: Any, tmp_path: Path) -> None:
-    main = {"epochs": 2, "validate_every": 2, "weight_decay": 0.01}
+    # Without averaging, so that what is kept is what the optimiser left.
+    main = {"epochs": 2, "validate_every": 2, "weight_decay": 0.01, "average_decay": 0.0}
     before, after = tables(train_tiny(tmp_path / "run", main=main, warmup_epochs=2, frozen_decay=True))
     assert float(after.std()) < float(before.std())
     twin = torch.nn.Parameter(before.clone())
@@ -476,7 +477,9 @@ def schedule(tiny_dataset: Dataset, tiny_model: Any) -> Iterator[float]:
     (optimiser,), (scheduler,) = module.configure_optimizers()
     assert isinstance(optimiser, torch.optim.Adam)
     assert optimiser.param_groups[0]["weight_decay"] == 0.3
-    assert sum(p.numel() for p in optimiser.param_groups[0]["params"]) == sum(p.numel() for p in module.parameters())
+    assert sum(p.numel() for p in optimiser.param_groups[0]["params"]) == sum(
+        p.numel() for p in module.model.parameters()
+    )
 
     def rates() -> Iterator[float]:
         while True:
