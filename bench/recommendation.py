@@ -10,7 +10,7 @@ from bench.record import Accuracy, Estimate, TimingSummary, TradeoffRecord
 MARGIN_PERCENT = 1.0
 BUDGETS_MS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 FEW_CALLS = 100
-LEAST_CALLS = 10
+LEAST_CALLS = 3
 WIDEST_RATIO = 2.0
 BUSY_SHARE = 0.5
 NEAR_PERCENT = 5.0

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from adrec import cli
 from adrec.checkpoint import load_run
 from adrec.cli import build_app
 from adrec.commands import environment
@@ -312,19 +311,6 @@ def test_errors_end_in_a_message_and_status_2(tmp_path: Path) -> None:
     assert issubclass(RunError, AdrecError)
 
 
-def test_an_unforeseen_system_error_ends_in_a_message_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails() -> Any:
-        return lambda: Path("no/such/file").read_bytes()
-
-    monkeypatch.setattr(cli, "build_app", fails)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: no/such/file: No such file or directory\n"
-
-
 def test_evaluate_beside_another_baseline(integer_run: Path, baseline: Path, data: Path, tmp_path: Path) -> None:
     alone = adrec("evaluate", integer_run, "--data", data, "--history", "keep")
     assert "no sasrec+ row: the run holds no baseline; name a SASRec+ run with --baseline RUN" in alone
@@ -345,25 +331,6 @@ def test_evaluate_beside_another_baseline(integer_run: Path, baseline: Path, dat
     (other / "run.json").write_text(json.dumps(info | {"dataset_fingerprint": "0" * 64}), "utf-8")
     with pytest.raises(RunError, match="give a run of the same data set"):
         adrec("evaluate", integer_run, "--data", data, "--baseline", other)
-
-
-@pytest.mark.parametrize("name", ["none/rows.json", "folder"])
-def test_outputs_are_checked_before_anything_is_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder.csv").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="--json is"):
-        adrec("evaluate", tmp_path / "no run", "--json", tmp_path / name)
-    with pytest.raises(ConfigError, match="--out is"):
-        adrec("recommend", tmp_path / "no run", "--input", tmp_path / "in.csv", "--out", tmp_path / f"{name}.csv")
-    for command in (["train", "no data"], ["import-checkpoint", tmp_path / "file", "--dataset", "no data"]):
-        with pytest.raises(ConfigError, match="file is a file, not a folder; choose another --out"):
-            adrec(*command, "--out", tmp_path / "file")
-
-
-def test_a_missing_checkpoint_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"nope\.pth: no such file"):
-        adrec("import-checkpoint", tmp_path / "nope.pth", "--dataset", "data", "--out", tmp_path / "run")
 
 
 @pytest.mark.parametrize("command", ["evaluate", "recommend"])
