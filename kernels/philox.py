@@ -1,4 +1,4 @@
-"""Counter-based Gaussian noise: ``n(seed, offset)`` by Philox-4x32-10 and Box-Muller, in pure torch.
+"""Counter-based Gaussian noise: ``n(seed, offset)`` by Philox-4x32-10 and Box-Muller, in torch and numpy.
 
 The numbers are those of Triton's ``tl.randn(seed, offset)`` to 5e-7 (logarithm and cosine differ in the last bit).
 Counter: (offset low, offset high, 0, 0). Key: (seed low, seed high). Source: Salmon et al., "Parallel random numbers:
@@ -11,8 +11,11 @@ position in a batch. A user's noise, and so a user's recommendations, do not dep
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DIMENSION_BITS = 12
@@ -27,8 +30,8 @@ _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
 _ROUNDS = 10
 _UNIFORM_SCALE = 4.6566127342e-10
-# Elements worked on at a time: the eight int64 work arrays of a chunk then stay in a core's second-level cache.
-_CHUNK = 1 << 15
+# Elements worked on at a time: the work arrays of a chunk then stay in a core's second-level cache.
+_CHUNK = 1 << 14
 
 
 def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
@@ -53,16 +56,51 @@ def philox(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:
     seed: 64-bit key. offset: int64 counters of any shape. Returns two int64 tensors of that shape holding values in
     ``[0, 2^32)``.
     """
+    if offset.device.type == "cpu":
+        first, second = _philox_in_place(seed, offset.reshape(-1).numpy().view(np.uint64))
+        return (
+            torch.from_numpy(first.view(np.int64)).view(offset.shape),
+            torch.from_numpy(second.view(np.int64)).view(offset.shape),
+        )
+    return _philox_on_device(seed, offset)
+
+
+def _philox_on_device(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:
     c0, c1 = offset & _MASK, (offset >> 32) & _MASK
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
+    for k0, k1 in _round_keys(seed):
         # A product of two 32-bit words wraps around in int64; its bits are right, and the mask undoes the sign.
         product_b, product_a = c2 * _MULTIPLIER_B, c0 * _MULTIPLIER_A
         c0 = (product_b >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (product_a >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = product_b.bitwise_and_(_MASK), product_a.bitwise_and_(_MASK)
-        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return c0, c1
+
+
+def _round_keys(seed: int) -> Iterator[tuple[int, int]]:
+    for index in range(_ROUNDS):
+        yield (seed + index * _WEYL_0) & _MASK, ((seed >> 32) + index * _WEYL_1) & _MASK
+
+
+def _philox_in_place(seed: int, offset: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The same rounds in numpy, whose unsigned shifts need no mask and whose operations reuse their arrays.
+
+    Twice as fast as torch's on one core, where the noise of 32 steps is a fifth of the work of a batch.
+    """
+    mask, half = np.uint64(_MASK), np.uint64(32)
+    c0, c1 = offset & mask, offset >> half
+    c2, c3, product_a, product_b = (np.zeros_like(c0) for _ in range(4))
+    for k0, k1 in _round_keys(seed):
+        np.multiply(c2, np.uint64(_MULTIPLIER_B), out=product_b)
+        np.multiply(c0, np.uint64(_MULTIPLIER_A), out=product_a)
+        np.right_shift(product_b, half, out=c0)
+        np.right_shift(product_a, half, out=c2)
+        c0 ^= c1
+        c0 ^= np.uint64(k0)
+        c2 ^= c3
+        c2 ^= np.uint64(k1)
+        np.bitwise_and(product_b, mask, out=c1)
+        np.bitwise_and(product_a, mask, out=c3)
     return c0, c1
 
 

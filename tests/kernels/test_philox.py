@@ -194,3 +194,15 @@ def test_values_out_of_range_are_named(keys: list[int], draw: int, width: int, m
 def test_the_largest_counter_still_fits_and_no_rows_give_no_noise() -> None:
     assert philox.offsets(torch.tensor([2**39 - 1]), 4095, 4096)[0, -1].item() == 2**63 - 1
     assert philox.row_noise(0, torch.zeros(0, dtype=torch.int64), 0, 5).shape == (0, 5)
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    values=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=40),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_path_of_other_devices_gives_the_same_words(seed: int, values: list[int]) -> None:
+    """On a CPU the rounds run in numpy; the torch rounds that a GPU runs must agree bit for bit."""
+    offset = torch.tensor(values)
+    for ours, theirs in zip(philox.philox(seed, offset), philox._philox_on_device(seed, offset), strict=True):
+        assert torch.equal(ours, theirs)
