@@ -20,6 +20,8 @@ LONGEST_FILE = 400
 VAGUE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 SOURCES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
 
 def identifier(path: Path) -> str:
     return str(path.relative_to(ROOT))
@@ -83,7 +85,7 @@ def test_every_room_has_sources() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=identifier)
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=identifier)
 def test_files_stay_short_and_have_a_docstring(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.count("\n") <= LONGEST_FILE
