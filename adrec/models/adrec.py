@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adrec.config import ModelConfig
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.models.layers import CausalTransformer, LayerNorm, TimeEmbedding
-from adrec.noise import TokenNoise, noised
+from adrec.noise import TokenNoise, noised, unit
 from adrec.schedule import DiffusionTable, diffusion_table, named_betas
 
 
@@ -62,7 +62,7 @@ class ADRec(SequenceModel):
     def clean_target(self, items: Tensor) -> Tensor:
         """``x_0 = E[item]``, on the unit sphere when geodesic. `[...]` int64 -> `[..., D]`."""
         rows = self.item_embedding(items)
-        return F.normalize(rows, dim=-1) if self.config.geodesic else rows
+        return unit(rows) if self.config.geodesic else rows
 
     def mix_pads(self, pads: Tensor, steps: Tensor) -> Tensor:
         """Padding at the denoiser's input `[U, P, D]`: x_0 is zero and never noised. steps: `[1]` or `[B]` int64."""
