@@ -1,7 +1,7 @@
 """Configuration of models and training, validated by pydantic.
 
-The defaults are the paper's where they say nothing else. Those that differ were chosen on the validation split of
-Beauty; ``bench/recipes/paper.yaml`` restores the paper's.
+The defaults are the paper's where they say nothing else. Those that differ were chosen on Beauty (README says how);
+``bench/recipes/paper.yaml`` restores the paper's.
 """
 
 from __future__ import annotations

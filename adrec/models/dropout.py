@@ -13,7 +13,7 @@ _LEVELS = 1 << 16
 def dropout(rows: Tensor, probability: float, active: bool) -> Tensor:
     """Zero each element with the given probability and scale the rest by ``1 / (1 - p)``; the identity when inactive.
 
-    On a CPU torch draws each element of a mask by itself, which took an eighth of a training step. One 64-bit draw holds
+    On a CPU torch draws each element of a mask by itself, an eighth of a training step. One 64-bit draw holds
     four 16-bit uniforms, so p is rounded to a multiple of 2^-16 there. On other devices this is torch's own dropout.
     """
     if not active or probability == 0.0:

@@ -21,7 +21,7 @@ class SASRec(SequenceModel):
         self.initialise()
 
     def _initialise_linear(self, weight: Tensor) -> None:
-        # N(0, .1) throughout, as the authors initialise this body; Xavier reached .16 less validation NDCG@20 on Beauty.
+        # N(0, .1) throughout, as the authors initialise this body; Xavier reached .16 less NDCG@20 on Beauty.
         nn.init.normal_(weight, std=WEIGHT_STD)
 
     def forward(self, batch: TokenBatch) -> Tensor:
