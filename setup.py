@@ -8,8 +8,11 @@ ROOT = Path(__file__).parent
 VERSION = "0.1.0"
 ROOMS = ("adrec", "kernels", "compress", "bench")
 
+TRITON = "triton>=3.6,<4; platform_system == 'Linux'"
 EXTRAS = {
     "png": ["matplotlib>=3.8"],
+    # Wheels of torch for CUDA bring Triton with them; this is for other builds of torch.
+    "triton": [TRITON],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.8",
@@ -20,6 +23,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
+        TRITON,
         "types-PyYAML>=6.0",
     ],
 }
@@ -58,6 +62,7 @@ setup(
             "adrec = adrec.commands:register",
             "bench = bench.cli:register",
             "demo = bench.demo:register",
+            "kernels = bench.kernels.commands:register",
         ],
     },
     classifiers=[

@@ -28,6 +28,19 @@ class TokenNoise:
     keep_condition: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class SeededTokenNoise:
+    """What training hands to `kernels.token_noise`, which draws steps and noise itself, from a seed.
+
+    seed: int, or `[1]` int64 on the model's device, where it makes nothing wait for the host. independent: a step for
+    each token; else one for each sequence, also for its padding. keep_condition: as in `TokenNoise`.
+    """
+
+    seed: int | Tensor
+    independent: bool = True
+    keep_condition: Tensor | None = None
+
+
 def draw_token_noise(
     layout: Layout,
     width: int,
@@ -50,10 +63,26 @@ def draw_token_noise(
         padding_steps = torch.randint(timesteps, (batch,), generator=generator, device=device)
         steps = padding_steps[layout.users]
     gaussian = torch.randn(tokens, width, generator=generator, device=device)
-    keep = None
-    if condition_dropout > 0.0:
-        keep = torch.rand(batch, generator=generator, device=device) >= condition_dropout
-    return TokenNoise(steps, gaussian, padding_steps, keep)
+    return TokenNoise(steps, gaussian, padding_steps, _draw_kept(layout, condition_dropout, generator))
+
+
+def seed_token_noise(
+    layout: Layout,
+    *,
+    independent: bool = True,
+    condition_dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> SeededTokenNoise:
+    """Draw the seed of a batch on its device, and which sequences keep their condition."""
+    seed = torch.randint(1 << 62, (1,), generator=generator, device=layout.lengths.device)
+    return SeededTokenNoise(seed, independent, _draw_kept(layout, condition_dropout, generator))
+
+
+def _draw_kept(layout: Layout, condition_dropout: float, generator: torch.Generator | None) -> Tensor | None:
+    if condition_dropout == 0.0:
+        return None
+    lengths = layout.lengths
+    return torch.rand(lengths.numel(), generator=generator, device=lengths.device) >= condition_dropout
 
 
 def noised(clean: Tensor, steps: Tensor, gaussian: Tensor, table: DiffusionTable, geodesic: bool) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adrec.config import ModelConfig, parse
 from adrec.data.jagged import Jagged
-from adrec.engines import ENGINES, make_engine
+from adrec.engines import exact_engines, make_engine
 from adrec.errors import DataError, NotSupportedError
 from adrec.losses import catalogue_cross_entropy, reconstruction_loss
 from adrec.models import ADRec, build_model
@@ -202,7 +202,7 @@ def _sampling_checks(model: SequenceModel, arrays: dict[str, np.ndarray]) -> lis
     histories = Jagged.from_padded(torch.from_numpy(arrays["hist"]))
     noise = torch.from_numpy(arrays["sample_noise"]) if isinstance(model, ADRec) else None
     checks = []
-    for name in ENGINES:
+    for name in exact_engines(model.table.device):
         engine = make_engine(name, model)
         rows = engine.represent(histories, noise=noise)
         largest = float(np.abs(arrays["scores"]).max())

@@ -1,4 +1,4 @@
-"""`adrec bench`: measure the trade-off of a run, write its report, describe the machine."""
+"""`adrec bench`: measure the trade-off of a run, write its report, time kernels, describe the machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from adrec.commands.options import integers
 from adrec.errors import ConfigError, nearest
+from bench.kernels.bench_command import bench_kernels
 
 SPLITS = ("test", "validation")
 MOST_STEPS, MOST_USERS = 4095, 2**20
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(help="Measure speed together with accuracy.", no_args_is_help=True)
     group.command("tradeoff")(tradeoff)
     group.command("report")(report)
+    group.command("kernels")(bench_kernels)
     group.command("env")(env)
     app.add_typer(group, name="bench")
 

@@ -6,7 +6,6 @@ shipped. Each kernel's module builds its own entries as ``ENTRIES``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +13,6 @@ from typing import Any
 import torch
 
 Shape = Mapping[str, int]
-MODULES = (
-    "kernels.token_noise",
-    "kernels.denoise_update",
-    "kernels.prefix_attention",
-    "kernels.encode_prefix",
-    "kernels.denoise_last",
-    "kernels.score_topk",
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +47,35 @@ class Entry:
     notes: str = field(default="")
 
 
+@dataclass(frozen=True)
+class Case:
+    """A kernel at one of its shapes and storage dtypes."""
+
+    entry: Entry
+    shape_name: str
+    shape: Shape
+    dtype: torch.dtype
+
+
 def entries() -> list[Entry]:
     """Every kernel of the package, in the order of a request."""
-    return [entry for module in MODULES for entry in importlib.import_module(module).ENTRIES]
+    from kernels import (
+        denoise_last,
+        denoise_last_mlp,
+        denoise_update,
+        encode_prefix,
+        prefix_attention,
+        score_topk,
+        token_noise,
+    )
+
+    modules = (
+        token_noise,
+        denoise_update,
+        prefix_attention,
+        encode_prefix,
+        denoise_last,
+        denoise_last_mlp,
+        score_topk,
+    )
+    return [entry for module in modules for entry in module.ENTRIES]

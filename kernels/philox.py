@@ -38,13 +38,14 @@ def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
     """Return the counter offsets ``key * 2^24 + draw * 2^12 + dimension`` of one draw.
 
     row_keys: `[B]` int64 in ``[0, 2^39)``. draw: 0 for the starting noise x_T, then 1, 2, ... for the reverse steps.
-    width: D, at most 4096. Returns `[B, width]` int64. Raises ValueError outside those ranges.
+    width: D, at most 4096. Returns `[B, width]` int64. Raises ValueError outside those ranges (row keys: on a CPU).
     """
     if not 0 <= draw < 1 << DRAW_BITS:
         raise ValueError(f"draw is {draw}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
     if not 0 < width <= 1 << DIMENSION_BITS:
         raise ValueError(f"width is {width}; allowed: 1 to {1 << DIMENSION_BITS}")
-    if row_keys.numel() and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS:
+    # Reading the keys of another device would make the host wait for it.
+    if row_keys.device.type == "cpu" and row_keys.numel() and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS:
         raise ValueError(f"row keys span {int(row_keys.min())} to {int(row_keys.max())}; allowed: 0 to 2^39 - 1")
     base = (row_keys << (DRAW_BITS + DIMENSION_BITS)) + (draw << DIMENSION_BITS)
     return base[:, None] + torch.arange(width, device=row_keys.device)
@@ -108,8 +109,9 @@ def randn(seed: int, offset: Tensor) -> Tensor:
     """Return standard normals ``sqrt(-2 ln max(1e-7, u0)) cos(2 pi u1)``, float32, one for each int64 offset."""
     out = torch.empty(offset.shape, dtype=torch.float32, device=offset.device)
     flat, source = out.view(-1), offset.reshape(-1)
-    for first in range(0, source.numel(), _CHUNK):
-        part = slice(first, first + _CHUNK)
+    chunk = _CHUNK if source.device.type == "cpu" else max(1, source.numel())
+    for first in range(0, source.numel(), chunk):
+        part = slice(first, first + chunk)
         word0, word1 = philox(seed, source[part])
         radius = _uniform(word0).clamp_(min=1e-7).log_().mul_(-2.0).sqrt_()
         flat[part] = _uniform(word1).mul_(2.0 * math.pi).cos_().mul_(radius)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,10 @@ from adrec.config import ModelConfig
 from adrec.data.dataset import Dataset
 from adrec.models import build_model
 from adrec.models.base import SequenceModel
+
+if not torch.cuda.is_available():
+    # Before anything imports Triton: without a GPU its interpreter runs the kernels on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TESTS = Path(__file__).resolve().parent
 ITEMS, WIDTH, HEADS, USERS = 40, 16, 2, 60

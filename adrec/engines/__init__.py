@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import torch
+
 from adrec.engines.base import Engine, TopK
 from adrec.engines.cached import CachedEngine
 from adrec.engines.reference import ReferenceEngine
+from adrec.engines.triton import TritonBFloat16Engine, TritonEngine, TritonFloat16Engine
 from adrec.errors import ConfigError, nearest
 from adrec.models.base import SequenceModel
 
-ENGINES: dict[str, type[Engine]] = {"reference": ReferenceEngine, "cached": CachedEngine}
+ENGINES: dict[str, type[Engine]] = {
+    kind.name: kind for kind in (ReferenceEngine, CachedEngine, TritonEngine, TritonBFloat16Engine, TritonFloat16Engine)
+}
+
+
+def exact_engines(device: torch.device) -> list[str]:
+    """Names of the engines that compute in float32 and run on a device."""
+    return [name for name, kind in ENGINES.items() if kind.dtype == torch.float32 and kind.runs_on(device)]
 
 
 def make_engine(name: str, model: SequenceModel) -> Engine:
@@ -18,4 +28,13 @@ def make_engine(name: str, model: SequenceModel) -> Engine:
     return ENGINES[name](model)
 
 
-__all__ = ["ENGINES", "CachedEngine", "Engine", "ReferenceEngine", "TopK", "make_engine"]
+__all__ = [
+    "ENGINES",
+    "CachedEngine",
+    "Engine",
+    "ReferenceEngine",
+    "TopK",
+    "TritonEngine",
+    "exact_engines",
+    "make_engine",
+]

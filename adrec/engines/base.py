@@ -37,6 +37,13 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    dtype: ClassVar[torch.dtype] = torch.float32
+    """Storage of weights, item table and keys."""
+
+    @classmethod
+    def runs_on(cls, device: torch.device) -> bool:
+        """Whether this engine can compute on a device here."""
+        return True
 
     def __init__(self, model: SequenceModel) -> None:
         self.model = model.eval()
@@ -48,7 +55,10 @@ class Engine(ABC):
 
     @abstractmethod
     def encode(self, histories: Jagged) -> Any:
-        """Everything about the histories that no reverse step changes. Each needs 1 item or more."""
+        """Everything about the histories that no reverse step changes. Each needs 1 item or more.
+
+        histories: on any device; an engine moves them to its own.
+        """
 
     @abstractmethod
     def sample(self, state: Any, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
@@ -82,14 +92,7 @@ class Engine(ABC):
         """
         if len(histories) == 0:
             return torch.empty(0, self.model.config.width, device=self.device)
-        if int(histories.lengths.min()) < 1:
-            row = int((histories.lengths < 1).nonzero()[0])
-            raise ValueError(
-                f"history {row} is empty; an engine needs 1 item or more (Recommender falls back to popularity)"
-            )
-        if int(histories.values.min()) < 1 or int(histories.values.max()) > self.model.config.items:
-            span = f"{int(histories.values.min())} to {int(histories.values.max())}"
-            raise ValueError(f"item ids span {span}; allowed: 1 to {self.model.config.items} (0 is padding)")
+        self.check_histories(histories)
         histories = histories.tail(self.model.config.max_length)
         source: PhiloxNoise | ExplicitNoise
         table = self.table(steps)
@@ -106,7 +109,7 @@ class Engine(ABC):
         else:
             keys = history_keys(histories) if row_keys is None else row_keys
             source = PhiloxNoise(seed, keys.to(self.device), self.model.config.width)
-        return self.sample(self.encode(histories.to(self.device)), table, source)
+        return self.sample(self.encode(histories), table, source)
 
     @torch.inference_mode()
     def score(self, rows: Tensor) -> Tensor:
@@ -119,11 +122,8 @@ class Engine(ABC):
 
         exclude: items to leave out of each row's list. Raises ValueError unless 1 <= k <= N.
         """
+        self._check_top_k(rows, k, exclude)
         items = self.model.config.items
-        if not 1 <= k <= items:
-            raise ValueError(f"k is {k}; allowed: 1 to {items}, the size of the catalogue")
-        if exclude is not None and len(exclude) != rows.shape[0]:
-            raise ValueError(f"exclude has {len(exclude)} rows; expected {rows.shape[0]}, one for each representation")
         chunk = max(k, min(items, SCORES_BUDGET // max(1, rows.shape[0])))
         best = TopK(
             torch.zeros(rows.shape[0], 0, dtype=torch.int64, device=rows.device), rows.new_zeros(rows.shape[0], 0)
@@ -139,6 +139,25 @@ class Engine(ABC):
             values, order = values.topk(min(k, values.shape[1]), -1)
             best = TopK(places.gather(-1, order), values)
         return TopK(best.items.masked_fill(best.scores == -torch.inf, 0), best.scores)
+
+    def check_histories(self, histories: Jagged) -> None:
+        """Raise ValueError for an empty history or an item id outside 1..N."""
+        if len(histories) == 0:
+            return
+        if int(histories.lengths.min()) < 1:
+            row = int((histories.lengths < 1).nonzero()[0])
+            raise ValueError(
+                f"history {row} is empty; an engine needs 1 item or more (Recommender falls back to popularity)"
+            )
+        if int(histories.values.min()) < 1 or int(histories.values.max()) > self.model.config.items:
+            span = f"{int(histories.values.min())} to {int(histories.values.max())}"
+            raise ValueError(f"item ids span {span}; allowed: 1 to {self.model.config.items} (0 is padding)")
+
+    def _check_top_k(self, rows: Tensor, k: int, exclude: Jagged | None) -> None:
+        if not 1 <= k <= self.model.config.items:
+            raise ValueError(f"k is {k}; allowed: 1 to {self.model.config.items}, the size of the catalogue")
+        if exclude is not None and len(exclude) != rows.shape[0]:
+            raise ValueError(f"exclude has {len(exclude)} rows; expected {rows.shape[0]}, one for each representation")
 
     def recommend(
         self,

@@ -144,6 +144,7 @@ class CachedEngine(Engine):
         self._times: dict[int, Tensor] = {}
 
     def encode(self, histories: Jagged) -> CachedState:
+        histories = histories.to(self.device)
         order = torch.argsort(histories.lengths, stable=True)
         histories = histories.select(order)
         layout = Layout.from_sorted_lengths(histories.lengths)

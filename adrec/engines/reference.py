@@ -37,7 +37,7 @@ class ReferenceEngine(Engine):
 
     def encode(self, histories: Jagged) -> PaddedState:
         model = self.model
-        padded = histories.padded(model.config.max_length)
+        padded = histories.to(self.device).padded(model.config.max_length)
         rows = model.item_embedding(padded)
         real = padded != 0
         if model.position_embedding is not None:

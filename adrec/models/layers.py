@@ -9,6 +9,8 @@ through a transformer by itself, as rows `[U, P, D]`, and real tokens see only i
 
 U is 1 where padding is the same for all users and B where it is not (one diffusion step per sequence in training).
 What n pads weigh is a bias `[B, P]` on their attention scores.
+
+Attention works in rectangles of similar lengths; on a GPU one kernel takes the packed tokens as they are.
 """
 
 from __future__ import annotations
@@ -66,8 +68,26 @@ class Attention(nn.Module):
         pads: keys and values of the padding `[2, U, H, P, d]`. bias: `[B, P]`, added to the scores of the padding.
         """
         qkv = self.split(tokens)
+        if runs_fused(qkv):
+            return self.output(self._attend_fused(layout, qkv, pads, bias).flatten(1))
         mixed = [self._attend(group, qkv[group.tokens], pads, bias) for group in layout.groups if group.length]
         return self.output(torch.cat(mixed) if mixed else tokens)
+
+    def _attend_fused(self, layout: Layout, qkv: Tensor, pads: Tensor | None, bias: Tensor | None) -> Tensor:
+        # Triton, which this brings in, is imported where it is used.
+        from kernels.prefix_attention import prefix_attention
+
+        active = self.training and self.dropout > 0.0
+        return prefix_attention(
+            qkv,
+            layout.offsets,
+            pads=None if bias is None else pads,
+            pad_bias=bias,
+            dropout=self.dropout if active else 0.0,
+            # Drawn on the device, so that the host need not wait, by the generator that training seeds at every step.
+            seed=torch.randint(2**63 - 1, (1,), device=qkv.device) if active else 0,
+            users=layout.users,
+        )
 
     def _attend(self, group: Group, qkv: Tensor, pads: Tensor | None, bias: Tensor | None) -> Tensor:
         query, key, value = group.unpack(qkv).permute(2, 0, 3, 1, 4).unbind()
@@ -83,6 +103,18 @@ class Attention(nn.Module):
         weights = dropout(torch.cat([pad_scores, scores], -1).softmax(-1), self.dropout, self.training)
         pad_weights, weights = weights.split([pad_scores.shape[-1], group.length], -1)
         return group.pack((pad_weights @ pad_value + weights @ value).transpose(1, 2).flatten(2))
+
+
+def runs_fused(qkv: Tensor) -> bool:
+    """Whether attention over `[M, 3, H, d]` is one kernel: on a GPU, where the kernel takes its dtype and head width.
+
+    On a CPU attention stays as it is, down to the last bit.
+    """
+    if qkv.device.type != "cuda":
+        return False
+    from kernels.prefix_attention import supports
+
+    return supports(qkv)
 
 
 def padding_mean(values: Tensor) -> Tensor:

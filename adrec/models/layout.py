@@ -50,11 +50,13 @@ class Group:
 class Layout:
     """Lengths of a batch sorted by length, and the groups that attention works on.
 
-    lengths: `[B]` int64, ascending. offsets: `[B + 1]` int64 into the packed tokens.
+    lengths: `[B]` int64, ascending. offsets: `[B + 1]` int64 into the packed tokens. users: `[tokens]` int64, row of
+    the user each packed token belongs to; every attention of a batch on a GPU reads it.
     """
 
     lengths: Tensor
     offsets: Tensor
+    users: Tensor
     groups: tuple[Group, ...]
 
     @classmethod
@@ -72,17 +74,13 @@ class Layout:
                 last += 1
             groups.append(_group(first, last, starts, sizes, lengths))
             first = last
-        return cls(lengths, offsets, tuple(groups))
+        rows = torch.arange(len(sizes), device=lengths.device)
+        users = rows.repeat_interleave(lengths, output_size=starts[-1])
+        return cls(lengths, offsets, users, tuple(groups))
 
     @property
     def tokens(self) -> int:
         return self.groups[-1].tokens.stop if self.groups else 0
-
-    @property
-    def users(self) -> Tensor:
-        """Row of the user each packed token belongs to, `[tokens]` int64."""
-        rows = torch.arange(self.lengths.numel(), device=self.lengths.device)
-        return rows.repeat_interleave(self.lengths)
 
     @property
     def positions(self) -> Tensor:

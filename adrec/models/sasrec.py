@@ -12,7 +12,12 @@ from adrec.models.base import WEIGHT_STD, SequenceModel, TokenBatch
 
 
 class SASRec(SequenceModel):
-    """The representation of a history is the encoder's output at its last position."""
+    """The representation of a history is the encoder's output at its last position.
+
+    The released body applies the embedding dropout after the first norm and trains its padding row. On Beauty neither
+    reached more: validation NDCG@20 9.06 against 9.00 (test 7.71 against 7.91) and, with the paper's optimiser, 8.71
+    against 8.82, one run each.
+    """
 
     history_norm_epsilon = 1e-5
 

@@ -20,7 +20,7 @@ from adrec.evaluation.metrics import METRICS, point_metrics, target_ranks
 from adrec.losses import catalogue_cross_entropy, reconstruction_loss
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel, TokenBatch
-from adrec.noise import draw_token_noise
+from adrec.noise import SeededTokenNoise, TokenNoise, draw_token_noise, seed_token_noise
 from adrec.training.batches import derive_seed, training_loader, validation_rows
 from adrec.training.gradients import merge_gradients
 
@@ -73,6 +73,8 @@ class StageModule(lightning.LightningModule):
         self.frozen_epochs, self.validation_steps = frozen_epochs, validation_steps
         self.sequences = dataset.training_sequences()
         self.validation = dataset.examples("validation")
+        # Whether `kernels.token_noise` draws and mixes the noise of training; None: on a GPU with Triton.
+        self.fused_noise: bool | None = None
         self.validation_ranks: list[Tensor] = []
         self.losses: list[Tensor] = []
 
@@ -180,18 +182,26 @@ class StageModule(lightning.LightningModule):
         if not isinstance(model, ADRec):
             rows = model(batch)
             return [catalogue_cross_entropy(rows, model.table, batch.targets, budget) * token_share]
-        config = model.config
-        noise = draw_token_noise(
-            batch.layout,
-            config.width,
-            config.timesteps,
-            independent=config.independent_noise,
-            condition_dropout=config.condition_dropout,
-        )
-        x0_hat = model(batch, noise)
+        x0_hat = model(batch, self._draw_noise(batch, model))
         ranking = catalogue_cross_entropy(x0_hat, model.table, batch.targets, budget)
         reconstruction = reconstruction_loss(x0_hat, model.clean_target(batch.targets), batch.layout)
         return [ranking * token_share, self.train_config.loss_scale * reconstruction * user_share]
+
+    def _draw_noise(self, batch: TokenBatch, model: ADRec) -> TokenNoise | SeededTokenNoise:
+        config, layout = model.config, batch.layout
+        options: dict[str, Any] = {
+            "independent": config.independent_noise,
+            "condition_dropout": config.condition_dropout,
+        }
+        fused = self.fused_noise
+        if fused is None and (fused := batch.targets.is_cuda):
+            # Triton is imported where it is used. Without it, torch's own noise is the fastest.
+            from kernels._runtime import AVAILABLE
+
+            fused = AVAILABLE
+        if fused:
+            return seed_token_noise(layout, **options)
+        return draw_token_noise(layout, config.width, config.timesteps, **options)
 
     def _gradients(self, losses: list[Tensor], parameters: Sequence[Tensor]) -> list[Tensor | None]:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

@@ -14,7 +14,7 @@ import torch
 
 from adrec.config import ModelConfig
 from adrec.data.jagged import Jagged
-from adrec.engines import ENGINES, make_engine
+from adrec.engines import exact_engines, make_engine
 from adrec.evaluation import top_overlap
 from adrec.models import build_model
 from adrec.models.base import SequenceModel
@@ -40,7 +40,7 @@ def histories(users: int) -> Jagged:
 
 @pytest.mark.parametrize("batch_size_users", [1, 32])
 @pytest.mark.parametrize("steps", [1, 4, 32])
-@pytest.mark.parametrize("engine_name", sorted(ENGINES))
+@pytest.mark.parametrize("engine_name", exact_engines(torch.device("cpu")))
 def test_recommend(benchmark: Any, model: SequenceModel, engine_name: str, steps: int, batch_size_users: int) -> None:
     """Time `Engine.recommend`; `extra_info` holds the setting and its overlap with the exact result."""
     engine = make_engine(engine_name, model)

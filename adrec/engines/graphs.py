@@ -1,0 +1,174 @@
+"""Requests of fixed capacity for the triton engine, replayed as CUDA graphs: no launch overhead, no allocation.
+
+A graph has fixed shapes, so a request is padded: with filler users of one item up to the number of users, and to a
+capacity of packed tokens. Which capacities pay is read from the length distribution (`token_capacities`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adrec.data.jagged import Jagged
+from adrec.engines.base import TopK, history_keys
+from adrec.engines.triton import TritonEngine
+from adrec.errors import ConfigError
+
+_FILLER_ITEM = 1
+_SIMULATED_BATCHES = 1000
+_CAPACITY_MULTIPLE = 64
+
+
+def token_capacities(
+    lengths: Tensor, users: int, max_length: int, shares: Sequence[float] = (0.5, 0.9, 0.99)
+) -> list[int]:
+    """Capacities, in packed tokens, for batches of ``users`` histories whose lengths are like ``lengths`` `[R]`.
+
+    One for each share of random batches that must fit, rounded up to a multiple of 64, and ``users * max_length``,
+    which fits all; ascending, without repetition. Deterministic.
+    """
+    if lengths.numel() == 0 or users < 1:
+        raise ConfigError(f"{lengths.numel()} lengths and {users} users; expected 1 or more of both")
+    largest = users * max_length
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(lengths.numel(), (_SIMULATED_BATCHES, users), generator=generator)
+    totals = lengths.cpu().clamp(1, max_length)[picks].sum(1).double()
+    wanted = torch.quantile(totals, torch.tensor(list(shares), dtype=torch.float64), interpolation="higher")
+    rounded = (-(-wanted.long() // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE).clamp(max=largest)
+    return sorted({*rounded.tolist(), largest})
+
+
+class FixedRequest:
+    """Buffers of one capacity and the launches that read them.
+
+    seed: `[1]` int64 on the device; a replay draws by its current value.
+    """
+
+    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
+        if tokens < users:
+            raise ConfigError(f"a capacity of {tokens} tokens for {users} users; allowed: 1 token a user or more")
+        self.engine, self.users, self.tokens, self.k = engine, users, tokens, k
+        self.table = engine.table(steps)
+        if self.table is not None:
+            engine.step_tables(self.table)
+        self.seed = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        # One buffer, so that a request is one copy to the device: items, offsets, row keys.
+        self._host = torch.zeros(tokens + 2 * users + 1, dtype=torch.int64, pin_memory=engine.device.type == "cuda")
+        self._buffer = torch.zeros_like(self._host, device=engine.device)
+        # The device may still read the host's buffer when the next request is written.
+        self._copied = torch.cuda.Event() if engine.device.type == "cuda" else None
+        self._write(Jagged.from_lists([]), torch.zeros(0, dtype=torch.int64))
+
+    def fits(self, histories: Jagged) -> bool:
+        """Whether a batch fits: its users, and its tokens with those of the filler users."""
+        fillers = self.users - len(histories)
+        return fillers >= 0 and histories.values.numel() + fillers <= self.tokens
+
+    @torch.inference_mode()
+    def __call__(self, histories: Jagged, *, seed: int | None = 0, row_keys: Tensor | None = None) -> TopK:
+        """Recommend for up to ``users`` histories of 1 item or more; see `Engine.recommend`.
+
+        seed: None leaves the device's seed, which the caller may write. Raises ValueError when the batch does not fit.
+        """
+        histories = histories.tail(self.engine.model.config.max_length).to("cpu")
+        self.engine.check_histories(histories)
+        if not self.fits(histories):
+            raise ValueError(
+                f"{len(histories)} histories of {histories.values.numel()} items do not fit {self.users} users and"
+                f" {self.tokens} tokens (a filler user takes 1)"
+            )
+        keys = history_keys(histories) if row_keys is None else row_keys.cpu()
+        order = torch.argsort(histories.lengths, stable=True)
+        if seed is not None:
+            self.seed.fill_(seed)
+        self._write(histories.select(order), keys[order])
+        found = self._run()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(self.users - len(histories), self.users)
+        place = place.to(self.engine.device)
+        return TopK(found.items[place], found.scores[place])
+
+    def _write(self, histories: Jagged, keys: Tensor) -> None:
+        """Copy a batch sorted by length behind the filler users, which are the shortest."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        fillers = self.users - len(histories)
+        items, offsets, row_keys = self._host.split([self.tokens, self.users + 1, self.users])
+        items[:fillers] = _FILLER_ITEM
+        items[fillers : fillers + histories.values.numel()] = histories.values
+        offsets[:fillers] = torch.arange(fillers)
+        offsets[fillers:] = histories.offsets + fillers
+        row_keys[:fillers] = 0
+        row_keys[fillers:] = keys
+        self._buffer.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _body(self) -> TopK:
+        items, offsets, row_keys = self._buffer.split([self.tokens, self.users + 1, self.users])
+        state = self.engine.encode_sorted(Jagged(items, offsets))
+        rows = self.engine.sample_sorted(state, self.table, seed=self.seed, row_keys=row_keys)
+        return self.engine.top_k(rows, self.k)
+
+    def _run(self) -> TopK:
+        return self._body()
+
+
+class CapturedRequest(FixedRequest):
+    """A `FixedRequest` captured in a CUDA graph when it is made; a call is one copy in and one replay."""
+
+    @torch.inference_mode()
+    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
+        if engine.device.type != "cuda":
+            raise ConfigError(f"CUDA graphs need a CUDA device; the engine's model is on {engine.device}")
+        super().__init__(engine, users, tokens, k, steps)
+        # Kernels compile and libraries initialise before the capture, on another stream as capturing demands.
+        stream = torch.cuda.Stream(engine.device)
+        stream.wait_stream(torch.cuda.current_stream(engine.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._body()
+        torch.cuda.current_stream(engine.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._found = self._body()
+
+    def _run(self) -> TopK:
+        self._graph.replay()
+        return self._found
+
+
+class CapturedEngine:
+    """Graphs for several batch sizes and token capacities, captured at their first use.
+
+    lengths: `[R]` history lengths of the requests to come, such as those of a data set. users: batch sizes.
+    """
+
+    def __init__(
+        self,
+        engine: TritonEngine,
+        lengths: Tensor,
+        *,
+        k: int = 20,
+        steps: int | None = None,
+        users: Sequence[int] = (1, 8, 64, 512),
+    ) -> None:
+        longest = engine.model.config.max_length
+        self.engine, self.k, self.steps = engine, k, steps
+        self.capacities = [
+            (batch, room) for batch in sorted(users) for room in token_capacities(lengths, batch, longest)
+        ]
+        self._captured: dict[tuple[int, int], CapturedRequest] = {}
+
+    def recommend(self, histories: Jagged, *, seed: int = 0, row_keys: Tensor | None = None) -> TopK:
+        """Replay the smallest graph that fits; a batch larger than every capacity goes through the engine itself."""
+        histories = histories.tail(self.engine.model.config.max_length)
+        tokens = histories.values.numel()
+        for users, room in self.capacities:
+            if len(histories) <= users and tokens + users - len(histories) <= room:
+                if (users, room) not in self._captured:
+                    self._captured[users, room] = CapturedRequest(self.engine, users, room, self.k, self.steps)
+                return self._captured[users, room](histories, seed=seed, row_keys=row_keys)
+        return self.engine.recommend(histories, self.k, self.steps, seed, row_keys)

@@ -1,0 +1,144 @@
+"""The committed table of compiled kernels: one JSON object, a row on each line, and what counts as a regression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from adrec.data.json_text import parse_json
+from adrec.errors import DataError
+from adrec.files import write_text
+from bench.environment import Frozen
+from bench.kernels.selection import dtype_name
+from kernels.compilation import CompiledKernel
+
+Key = tuple[str, str, str, str, int, str]
+
+
+class CompiledRow(Frozen):
+    """What one launch of one kernel uses when compiled for one target; memory in bytes, registers a thread.
+
+    ``constants`` are the block sizes and other constants; ``spills`` are bytes a thread; ``warps_bound`` is the most
+    warps that can be resident on a multiprocessor, of ``warps_limit``.
+    """
+
+    entry: str
+    shape: str
+    dtype: str
+    kernel: str
+    launch: int = Field(ge=0)
+    target: str
+    constants: dict[str, bool | int | float | str]
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared: int
+    shared_limit: int
+    tensor_columns: int
+    warps_bound: int
+    warps_limit: int
+    limited_by: str
+
+    @property
+    def key(self) -> Key:
+        """What identifies a row in a table."""
+        return (self.entry, self.shape, self.dtype, self.kernel, self.launch, self.target)
+
+    @property
+    def name(self) -> str:
+        """The row in words."""
+        launch = f" #{self.launch}" if self.launch else ""
+        return f"{self.entry} ({self.kernel}{launch}), {self.shape}, {self.dtype}, {self.target}"
+
+
+class CompiledTable(Frozen):
+    """Rows and the compiler that they are of."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["kernels-compiled"] = "kernels-compiled"
+    triton: str
+    rows: list[CompiledRow]
+
+
+def compiled_row(kernel: CompiledKernel) -> CompiledRow | None:
+    """The row of a compiled kernel; None for one that did not compile."""
+    if (used := kernel.resources) is None or (bound := kernel.occupancy) is None:
+        return None
+    return CompiledRow(
+        entry=kernel.entry,
+        shape=kernel.shape,
+        dtype=dtype_name(kernel.dtype),
+        kernel=kernel.kernel,
+        launch=kernel.launch,
+        target=kernel.target.name,
+        constants=dict(kernel.constants),
+        warps=used.warps,
+        stages=used.stages,
+        registers=used.registers,
+        spills=used.spills,
+        shared=used.shared,
+        shared_limit=kernel.target.shared_per_block,
+        tensor_columns=used.tensor_columns,
+        warps_bound=bound.warps,
+        warps_limit=bound.limit,
+        limited_by=bound.limited_by,
+    )
+
+
+def write_table(path: Path, kernels: Iterable[CompiledKernel], triton: str) -> None:
+    """Write the rows of everything that compiled, one a line so that a difference shows the kernels that changed."""
+    rows = [row for kernel in kernels if (row := compiled_row(kernel)) is not None]
+    head = CompiledTable(triton=triton, rows=[]).model_dump(mode="json", exclude={"rows"})
+    lines = ",\n".join(json.dumps(row.model_dump(mode="json"), allow_nan=False) for row in rows)
+    write_text(path, f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
+
+
+def read_table(path: Path) -> CompiledTable:
+    """Read a table; DataError says what is wrong with it and how to make a new one."""
+    way_out = "`adrec kernels compile --out FILE` writes one"
+    try:
+        return CompiledTable.model_validate(parse_json(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such table of compiled kernels; {way_out}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "table"
+        raise DataError(f"{path}: field {field!r}: {first['msg']}; {way_out}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a table of compiled kernels ({error}); {way_out}") from None
+
+
+def regressions(kernels: Sequence[CompiledKernel], recorded: Iterable[CompiledRow]) -> list[str]:
+    """What got worse against the rows of a table that should be among ``kernels``, one sentence a row.
+
+    A row that is missing here or there counts: only a complete table holds anything.
+    """
+    known = {row.key: row for row in recorded}
+    now = {row.key: row for kernel in kernels if (row := compiled_row(kernel)) is not None}
+    found = []
+    for key, row in now.items():
+        if key not in known:
+            found.append(f"{row.name}: not in the record; write the record again with --out")
+        elif (worse := _worse(row, known[key])) is not None:
+            found.append(f"{row.name}: {worse}")
+    gone = "in the record, but not compiled: kernel, shape, dtype or target is gone, or compiling failed"
+    found.extend(f"{row.name}: {gone}" for key, row in known.items() if key not in now)
+    return found
+
+
+def _worse(row: CompiledRow, before: CompiledRow) -> str | None:
+    if row.spills > 0:
+        return f"spills {row.spills} bytes a thread (record: {before.spills})"
+    if row.shared > row.shared_limit:
+        return f"{row.shared} bytes of shared memory, limit {row.shared_limit} (record: {before.shared})"
+    if row.warps_bound < before.warps_bound:
+        return (
+            f"at most {row.warps_bound} resident warps, record {before.warps_bound}: {row.registers} registers"
+            f" (record: {before.registers}), {row.shared} bytes of shared memory (record: {before.shared})"
+        )
+    return None

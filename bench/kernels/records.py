@@ -1,0 +1,160 @@
+"""Records of measured kernels and engines: JSON lines with a schema version, validated on reading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from adrec.data.json_text import parse_json
+from adrec.errors import DataError
+from bench.environment import Environment, Frozen
+from bench.record import Estimate
+
+SCHEMA_VERSION = 1
+
+
+class PathTiming(Frozen):
+    """Latency of one path in microseconds: quantiles over ``calls`` samples, one median a round.
+
+    ``time_ratio_to_baseline`` is the median over rounds of this path's time over that of the row's ``baseline``, and
+    None where that one failed.
+    """
+
+    latency_us_p50: float = Field(gt=0)
+    latency_us_p95: float = Field(gt=0)
+    latency_us_p99: float = Field(gt=0)
+    round_medians_us: list[float]
+    calls: int = Field(ge=1)
+    rounds: int = Field(ge=1)
+    time_ratio_to_baseline: Estimate | None
+    peak_memory_mib: float | None
+    peak_memory_meaning: str
+
+
+class Roof(Frozen):
+    """Least bytes and operations, and what they take at best on the GPU of the measurement (None: no figures for it).
+
+    ``floor_fraction`` is the floor over the median time: 1 is the roof.
+    """
+
+    least_bytes: int = Field(ge=0)
+    least_flops: int = Field(ge=0)
+    gpu: str | None
+    floor_us: float | None
+    bound: Literal["memory", "compute"] | None
+    floor_fraction: float | None
+    gigabytes_per_second: float | None
+
+
+class Measuring(Frozen):
+    """How a row was measured."""
+
+    clock: str
+    device: str
+    device_name: str
+    seconds_per_path: float
+    rounds_minimum: int
+    warmup_calls: int
+    threads: int
+
+
+class Measured(Frozen):
+    """What rows of kernels and of engines share. ``path`` is what was timed, ``baseline`` the path of its ratio."""
+
+    schema_version: Literal[1] = 1
+    measured_at_utc: str
+    path: str
+    baseline: str
+    timing: PathTiming | None
+    roof: Roof
+    error: str | None
+    protocol: Measuring
+    environment: Environment
+    command: str
+
+
+class KernelRecord(Measured):
+    """One path of one kernel at one shape and storage dtype.
+
+    ``rms_ratio`` is the root mean square of the difference to the eager twin's floating-point results over theirs, the
+    largest over the results; ``different_integers`` the share of integer results that differ. None for a copy.
+    """
+
+    kind: Literal["kernel"] = "kernel"
+    kernel: str
+    shape_name: str
+    shape: dict[str, int]
+    dtype: str
+    rms_ratio: float | None
+    different_integers: float | None
+
+
+class EngineRecord(Measured):
+    """One way to compute recommendations with a random model, at one batch size, step count and catalogue.
+
+    ``top20_overlap_fraction``: mean overlap of the recommended items with those of ``overlap_with`` (same noise).
+    """
+
+    kind: Literal["engine"] = "engine"
+    precision: str
+    batch_size_users: int
+    history_tokens: int
+    steps: int
+    items: int
+    width: int
+    top20_overlap_fraction: float | None
+    overlap_with: str
+    noise: str
+
+
+KernelsRecord = KernelRecord | EngineRecord
+_ADAPTER: TypeAdapter[KernelsRecord] = TypeAdapter(Annotated[KernelsRecord, Field(discriminator="kind")])
+
+
+def append_record(path: Path, record: KernelsRecord) -> None:
+    """Append one line and flush it to the disk, so that an interrupted run keeps what it measured."""
+    # JSON has no NaN: a record that holds one must fail here, not in the next reader.
+    line = json.dumps(record.model_dump(mode="json"), allow_nan=False, separators=(",", ":"))
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_kernel_records(paths: Iterable[Path]) -> list[KernelsRecord]:
+    """Read and validate the records of all files; DataError names the file, the line and the way out."""
+    return [record for path in paths for record in _read(path)]
+
+
+def _read(path: Path) -> list[KernelsRecord]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file of records; `adrec bench kernels` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
+    return [_parse(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(where: str, line: str) -> KernelsRecord:
+    try:
+        content = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); delete the line") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{where}: schema version {version!r}, this adrec reads {SCHEMA_VERSION}; measure again")
+    try:
+        return _ADAPTER.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "record"
+        raise DataError(
+            f"{where}: field {field!r}: {first['msg']} ({error.error_count()} problem(s) in the line); the file is"
+            " not one of `adrec bench kernels`, or the line is damaged: delete it"
+        ) from None

@@ -1,0 +1,236 @@
+"""`adrec kernels`: choosing cases, the table of compiled kernels, and the comparison that must be able to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_kernels
+import typer
+from typer.testing import CliRunner
+
+from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
+from bench.kernels.commands import register
+from bench.kernels.compiled_table import compiled_row, read_table, regressions, write_table
+from bench.kernels.selection import choose_cases, choose_entries
+from kernels import _runtime
+from kernels.compilation import CompiledKernel, Resources
+from kernels.targets import TARGETS
+
+TESTS = Path(__file__).resolve().parents[1]
+USAGE = Resources(warps=4, stages=2, registers=64, spills=0, shared=2048, tensor_columns=0, seconds=0.5)
+
+
+def kernel(usage: Resources | None = USAGE, target: str = "sm_90", **changes: Any) -> CompiledKernel:
+    made = CompiledKernel(
+        "scale", "paper", torch.float32, "scale_kernel", 0, {"BLOCK": 256, "KEYED": True}, TARGETS[target], usage,
+        None if usage else "RuntimeError: no",
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of kernels is that of the toys."""
+    monkeypatch.setattr("bench.kernels.selection.entries", lambda: toy_kernels.ENTRIES)
+
+
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> list[CompiledKernel]:
+    """What compiling gives, whatever is asked for."""
+    found = [kernel(), kernel(target="sm_80")]
+    monkeypatch.setattr("kernels.compilation.compile_cases", lambda *arguments, **options: list(found))
+    return found
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, ["kernels", *arguments])
+
+
+def error_of(*arguments: str) -> AdrecError:
+    found = invoke(*arguments).exception
+    assert isinstance(found, AdrecError)
+    return found
+
+
+def test_cases_are_chosen_by_glob_shape_and_dtype() -> None:
+    assert [entry.name for entry in choose_entries("s*")] == ["scale", "scale_fp8", "spill"]
+    found = choose_cases("scale", dtype="fp16,float32")
+    assert [(case.shape_name, case.dtype) for case in found] == [
+        (name, dtype) for name in ("paper", "odd, small") for dtype in (torch.float32, torch.float16)
+    ]
+    assert [case.entry.name for case in choose_cases("scale*", shape="odd, small")] == ["scale", "scale"]
+    custom = choose_cases("scale", shape="rows=7", dtype="fp32")
+    assert [(case.shape_name, case.shape) for case in custom] == [("custom", {"rows": 7, "width": 128})]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "scael"}, r"--kernel scael matches no kernel \(did you mean scale"),
+        ({"kernel": "nothing*"}, "there are: scale, scale_fp8, spill"),
+        ({"dtype": "fp64"}, "--dtype fp64 is not known.*there are: float32"),
+        ({"shape": "papre"}, r"--shape papre is not known \(did you mean 'paper'\?\)"),
+        ({"shape": "row=3"}, r"size row is not known \(did you mean 'rows'\?\)"),
+        ({"shape": "rows=x"}, "--shape rows=x: expected a whole number, such as rows=512"),
+        ({"kernel": "spill", "dtype": "float32", "shape": "odd, small"}, "--shape odd is not known; there are: paper"),
+        ({"kernel": "s*", "dtype": "int8", "shape": "odd, small"}, "no kernel matches.*together"),
+    ],
+)
+def test_choices_that_match_nothing_name_what_there_is(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_cases(**options)
+
+
+def test_list_gives_advice() -> None:
+    done = invoke("list", "--kernel", "scale*")
+    assert done.exit_code == 0
+    for text in ("scale_fp8", "scale a matrix", "never: it is a toy", "always", "float16"):
+        assert text in done.output
+    assert "spill" not in done.output
+
+
+def test_a_table_is_written_and_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write_table(path, [kernel(), kernel(None), kernel(target="sm_86")], "3.7.1")
+    table = read_table(path)
+    assert table.triton == "3.7.1"
+    assert table.rows == [compiled_row(kernel()), compiled_row(kernel(target="sm_86"))]
+    # A difference of two versions of the file shows the kernels that changed.
+    assert path.read_text().count("\n") == 2 + 2
+    assert table.rows[0].constants == {"BLOCK": 256, "KEYED": True}
+    assert table.rows[0].constants["KEYED"] is True
+    assert (table.rows[0].warps_bound, table.rows[0].limited_by) == (32, "registers")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": 3}', '{"schema_version": 2, "triton": "3", "rows": []}'])
+def test_an_unusable_table_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="`adrec kernels compile --out FILE` writes one"):
+        read_table(path)
+    with pytest.raises(DataError, match="no such table"):
+        read_table(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ([kernel(replace(USAGE, spills=8))], "spills 8 bytes a thread"),
+        ([kernel(replace(USAGE, shared=300_000))], "300000 bytes of shared memory, limit 232448"),
+        ([kernel(replace(USAGE, registers=72))], "at most 28 resident warps, record 32: 72 registers (record: 64)"),
+        ([kernel(replace(USAGE, shared=60_000))], "at most 12 resident warps, record 32"),
+        ([kernel(None)], "in the record, but not compiled"),
+        ([], "in the record, but not compiled"),
+        ([kernel(), kernel(dtype=torch.float16)], "float16, sm_90: not in the record"),
+    ],
+)
+def test_every_kind_of_regression_is_named(now: Sequence[CompiledKernel], message: str) -> None:
+    before = compiled_row(kernel())
+    assert before is not None
+    found = regressions(now, [before])
+    assert len(found) == 1
+    assert found[0].startswith("scale (scale_kernel), paper, float")
+    assert message in found[0]
+
+
+def test_what_is_no_regression() -> None:
+    before = compiled_row(kernel())
+    assert before is not None
+    for usage in (USAGE, replace(USAGE, registers=60), replace(USAGE, shared=9000), replace(USAGE, registers=63)):
+        assert regressions([kernel(usage)], [before]) == []
+
+
+def test_compile_writes_a_table_and_checks_against_it(canned: list[CompiledKernel], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    done = invoke("compile", "--kernel", "scale", "--dtype", "fp32", "--out", str(path))
+    assert done.exit_code == 0, done.output
+    assert "32 of 64 warps" in done.output
+    assert len(read_table(path).rows) == 2
+    assert invoke("compile", "--check", str(path)).exit_code == 0
+    canned[1] = kernel(replace(USAGE, registers=128), "sm_80")
+    worse = invoke("compile", "--check", str(path), "--quiet")
+    assert worse.exit_code == 1
+    assert "worse: scale (scale_kernel), paper, float32, sm_80: at most 16 resident warps" in worse.output
+    content = json.loads(path.read_text()) | {"triton": "2.0.0"}
+    path.write_text(json.dumps(content))
+    assert "note: the record is of Triton 2.0.0" in invoke("compile", "--check", str(path)).output
+
+
+def test_the_check_looks_at_the_chosen_rows_only(canned: list[CompiledKernel], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    gone = kernel(entry="gone", dtype=torch.float16)
+    write_table(path, [*canned, gone], "3.7.1")
+    assert "gone (scale_kernel)" in invoke("compile", "--check", str(path)).output
+    assert invoke("compile", "--check", str(path), "--kernel", "scale*").exit_code == 0
+    assert invoke("compile", "--check", str(path), "--dtype", "fp32").exit_code == 0
+    del canned[0]
+    assert invoke("compile", "--check", str(path), "--kernel", "scale").exit_code == 1
+    assert invoke("compile", "--check", str(path), "--kernel", "scale", "--target", "sm_80").exit_code == 0
+
+
+@pytest.mark.parametrize("usage", [replace(USAGE, spills=4), replace(USAGE, shared=10**6), None])
+def test_compile_fails_for_a_bad_kernel(canned: list[CompiledKernel], usage: Resources | None) -> None:
+    canned[0] = kernel(usage)
+    done = invoke("compile", "--quiet")
+    assert done.exit_code == 1
+    assert "bad: scale scale_kernel, paper, float32, sm_90: " in done.output
+
+
+def test_bad_options_are_refused(canned: list[CompiledKernel], tmp_path: Path) -> None:
+    wrong = error_of("compile", "--target", "sm_91")
+    assert isinstance(wrong, ConfigError)
+    assert "--target sm_91 is not known" in str(wrong)
+    assert "there are: sm_80, sm_86, sm_89, sm_90, sm_100" in str(wrong)
+    assert "named shapes only" in str(error_of("compile", "--check", "x.json", "--shape", "rows=3"))
+    assert "a folder" in str(error_of("compile", "--out", str(tmp_path)))
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "AVAILABLE", True)
+    monkeypatch.setattr(_runtime, "INTERPRETED", True)
+    wrong = error_of("compile", "--kernel", "scale")
+    assert isinstance(wrong, NotSupportedError)
+    assert "TRITON_INTERPRET=1 is set" in str(wrong)
+
+
+SCRIPT = """
+import sys, typer, toy_kernels, kernels.inventory
+kernels.inventory.entries = lambda: toy_kernels.ENTRIES
+from bench.kernels.commands import register
+app = typer.Typer()
+register(app)
+app()
+"""
+
+
+def natively(*arguments: str) -> tuple[int, str]:
+    """Exit status and output of the command, in a process where kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", SCRIPT, "kernels", "compile", "--jobs", "1", "--target", "sm_86", *arguments]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
+def test_the_command_catches_a_kernel_that_spills_and_one_that_is_too_large(tmp_path: Path) -> None:
+    table, one = str(tmp_path / "table.json"), ("--shape", "paper", "--dtype", "fp32")
+    status, output = natively("--kernel", "s[cp]*l*", *one, "--out", table)
+    assert status == 1
+    assert "bad: spill spilling_kernel, paper, float32, sm_86: spills" in output
+    assert [row.entry for row in read_table(Path(table)).rows] == ["scale", "spill"]
+    status, output = natively("--kernel", "product")
+    assert status == 1
+    assert "196608 bytes of shared memory; sm_86 has 101376" in output
+    status, output = natively("--kernel", "scale", *one, "--check", table)
+    assert status == 0, output
