@@ -21,9 +21,7 @@ def check_tensors(requirements: Sequence[Requirement]) -> None:
     """Raise UnsupportedError for a tensor of another shape or dtype than required; None is always allowed."""
     for name, tensor, shape, dtypes in requirements:
         if tensor is not None:
-            require(
-                list(tensor.shape) == list(shape), f"{name} has shape {list(tensor.shape)}; expected {list(shape)}"
-            )
+            require(list(tensor.shape) == list(shape), f"{name} has shape {list(tensor.shape)}; expected {list(shape)}")
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; allowed: {allowed}")
 
@@ -32,7 +30,8 @@ def check_contiguous(tensors: dict[str, Tensor | None]) -> None:
     """Raise UnsupportedError for a tensor that a kernel reads in place and that is not contiguous."""
     for name, tensor in tensors.items():
         require(
-            tensor is None or tensor.is_contiguous(), f"{name} is not contiguous; keep {name}.contiguous() between calls"
+            tensor is None or tensor.is_contiguous(),
+            f"{name} is not contiguous; keep {name}.contiguous() between calls",
         )
 
 

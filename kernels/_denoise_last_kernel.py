@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kernels._denoise_last_steps import feed_forward, gaussian, project, publish, reverse_step
 from kernels._runtime import constant, jit, tl
-from kernels._tile_ops import dot, layer_norm
+from kernels._tile_ops import dot, layer_norm, to_storage
 
 NORM_EPSILON = constant(1e-12)
 NO_PADS, ONE_PAD_ROW, PAD_ROWS = constant(0), constant(1), constant(2)
@@ -18,9 +18,21 @@ NO_PADS, ONE_PAD_ROW, PAD_ROWS = constant(0), constant(1), constant(2)
 
 @jit
 def attend(
-    qkv_ptr, keys_values_ptr, pads_ptr, start, prefix, absent, token_cells, pads, scale,
-    D: tl.constexpr, HEADS: tl.constexpr, HEAD_COUNT: tl.constexpr, HEAD_WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, PADS: tl.constexpr,
+    qkv_ptr,
+    keys_values_ptr,
+    pads_ptr,
+    start,
+    prefix,
+    absent,
+    token_cells,
+    pads,
+    scale,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_COUNT: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    PADS: tl.constexpr,
 ):
     """Attention of each row's new token over its padding, its prefix and itself: `[ROWS, HEAD_COUNT, HEAD_WIDTH]`.
 
@@ -40,10 +52,7 @@ def attend(
     total = tl.full([ROWS, HEAD_COUNT], 1.0, tl.float32)
 
     # A row's keys: its padding as ``seen`` rows, then its prefix.
-    if PADS == NO_PADS:
-        seen = tl.zeros([ROWS], tl.int32)
-    else:
-        seen = tl.minimum(absent, pads)
+    seen = tl.minimum(absent, pads if PADS != NO_PADS else 0)
     if PADS == ONE_PAD_ROW:
         pad_weight = tl.log(tl.maximum(absent, 1).to(tl.float32))
     count = seen + prefix
@@ -179,7 +188,7 @@ def denoise_last_kernel(
                 h = tl.load(condition_cells, mask=cell & (layer == 0), other=0.0).to(tl.float32)
                 time = tl.load(times_ptr + row * D + columns, mask=inside, other=0.0)
                 h += mix_weight * (tl.load(x_t_cells, mask=cell, other=0.0) + time[None, :])
-            operand = h.to(dtype)
+            operand = to_storage(h, dtype)
             publish(operand, operand_rows, SLICE)
             for first in range(0, 3 * PART, OUTPUTS):
                 output = first + tl.arange(0, OUTPUTS)
@@ -187,18 +196,37 @@ def denoise_last_kernel(
                 known = (output < 3 * PART) & (output_head < HEADS) & (output_lane < d)
                 output_row = output // PART * D + output_head * d + output_lane
                 projected = project(
-                    operand, operand_rows, qkv_ptr + block * (3 * D * D), qkv_bias_ptr + block * (3 * D),
-                    output_row, known, D, SLICE,
+                    operand,
+                    operand_rows,
+                    qkv_ptr + block * (3 * D * D),
+                    qkv_bias_ptr + block * (3 * D),
+                    output_row,
+                    known,
+                    D,
+                    SLICE,
                 )
                 projected_cells = qkv_rows + tile[:, None] * (3 * PART) + output[None, :]
                 tl.store(projected_cells, projected, mask=(output < 3 * PART)[None, :])
             tl.debug_barrier()
             cache = keys_values_ptr + layer * (2 * token_cells)
             mixed = attend(
-                qkv_rows, cache, pads_ptr + layer * (2 * pads * D), start, prefix, absent, token_cells, pads, scale,
-                D, HEADS, HEAD_COUNT, HEAD_WIDTH, KEYS, PADS,
+                qkv_rows,
+                cache,
+                pads_ptr + layer * (2 * pads * D),
+                start,
+                prefix,
+                absent,
+                token_cells,
+                pads,
+                scale,
+                D,
+                HEADS,
+                HEAD_COUNT,
+                HEAD_WIDTH,
+                KEYS,
+                PADS,
             )
-            tl.store(head_cells, mixed.to(dtype), mask=head_inside)
+            tl.store(head_cells, to_storage(mixed, dtype), mask=head_inside)
             tl.debug_barrier()
             h += tl.load(out_bias_ptr + block * D + columns, mask=inside, other=0.0)[None, :]
             for first in range(0, D, MIX_SLICE):
@@ -214,11 +242,21 @@ def denoise_last_kernel(
                 h = dot(mixed_part, weight, h)
             norm = attention_norm_ptr + block * (2 * D)
             h = layer_norm(h, norm, norm + D, columns, D, NORM_EPSILON)
-            operand = h.to(dtype)
+            operand = to_storage(h, dtype)
             publish(operand, operand_rows, SLICE)
             h = feed_forward(
-                operand, operand_rows, h, up_ptr + block * (4 * D * D), up_bias_ptr + block * (4 * D),
-                down_ptr + block * (4 * D * D), down_bias_ptr + block * D, columns, D, HIDDEN, SLICE, True,
+                operand,
+                operand_rows,
+                h,
+                up_ptr + block * (4 * D * D),
+                up_bias_ptr + block * (4 * D),
+                down_ptr + block * (4 * D * D),
+                down_bias_ptr + block * D,
+                columns,
+                D,
+                HIDDEN,
+                SLICE,
+                True,
             )
             norm = feed_forward_norm_ptr + block * (2 * D)
             h = layer_norm(h, norm, norm + D, columns, D, NORM_EPSILON)
@@ -226,8 +264,21 @@ def denoise_last_kernel(
         if GUIDED:
             x0_hat += guidance_scale * (tl.load(conditional_cells) - x0_hat)
         x_t = reverse_step(
-            tl.load(x_t_cells, mask=cell, other=0.0), x0_hat, coefficients_ptr, row, steps,
-            seed_ptr, row_keys_ptr, noise_ptr, users, user, columns, D, KEYED, NOISE, GEODESIC,
+            tl.load(x_t_cells, mask=cell, other=0.0),
+            x0_hat,
+            coefficients_ptr,
+            row,
+            steps,
+            seed_ptr,
+            row_keys_ptr,
+            noise_ptr,
+            users,
+            user,
+            columns,
+            D,
+            KEYED,
+            NOISE,
+            GEODESIC,
         )
         tl.store(x_t_cells, x_t, mask=cell)
         tl.debug_barrier()

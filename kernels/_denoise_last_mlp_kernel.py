@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from kernels._denoise_last_steps import feed_forward, gaussian, publish, reverse_step
 from kernels._runtime import jit, tl
-from kernels._tile_ops import layer_norm
+from kernels._tile_ops import layer_norm, to_storage
 
 
 @jit
@@ -63,17 +63,40 @@ def denoise_last_mlp_kernel(
                 # The second pass has no condition.
                 conditional = tl.where(branch == 1, h, conditional)
                 h = tl.where(branch == 1, step_input, h)
-            operand = h.to(up_ptr.dtype.element_ty)
+            operand = to_storage(h, up_ptr.dtype.element_ty)
             publish(operand, operand_rows, SLICE)
             h = feed_forward(
-                operand, operand_rows, tl.zeros([ROWS, WIDTH], tl.float32), up_ptr, up_bias_ptr,
-                down_ptr, down_bias_ptr, columns, D, HIDDEN, SLICE, False,
+                operand,
+                operand_rows,
+                tl.zeros([ROWS, WIDTH], tl.float32),
+                up_ptr,
+                up_bias_ptr,
+                down_ptr,
+                down_bias_ptr,
+                columns,
+                D,
+                HIDDEN,
+                SLICE,
+                False,
             )
             h = layer_norm(h, norm_ptr, norm_ptr + D, columns, D, norm_epsilon)
         if GUIDED:
             h += guidance_scale * (conditional - h)
         x_t = reverse_step(
-            x_t, h, coefficients_ptr, row, steps,
-            seed_ptr, row_keys_ptr, noise_ptr, users, user, columns, D, KEYED, NOISE, GEODESIC,
+            x_t,
+            h,
+            coefficients_ptr,
+            row,
+            steps,
+            seed_ptr,
+            row_keys_ptr,
+            noise_ptr,
+            users,
+            user,
+            columns,
+            D,
+            KEYED,
+            NOISE,
+            GEODESIC,
         )
     tl.store(out_ptr + user[:, None] * D + columns[None, :], x_t, mask=cell)

@@ -11,6 +11,9 @@ from torch import Tensor
 from kernels._denoise_last_kernel import denoise_last_kernel
 from kernels._runtime import cdiv, kernel_op, launch, next_power_of_2
 
+# Above this, tiles of 16 users are more than today's GPUs have multiprocessors, and 32 share a pass over the weights.
+LARGE_BATCH = 2048
+
 
 class Blocks(NamedTuple):
     """Sizes of one program; see `kernels._denoise_last_kernel.denoise_last_kernel`."""
@@ -25,12 +28,17 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def block_sizes(width: int, dtype: torch.dtype) -> Blocks:
-    """Sizes for tiles ``width`` wide, a power of two: no target spills, and weights are read two slices ahead."""
+def block_sizes(users: int, width: int, dtype: torch.dtype) -> Blocks:
+    """Sizes for tiles ``width`` wide, a power of two: registers do not spill, and loads of weights run ahead."""
+    if dtype == torch.float32 and width <= 128:
+        part = min(64, width)
+        return Blocks(rows=16, keys=4, outputs=64, hidden=64, slice=part, mix_slice=part, warps=8, stages=2)
     if dtype == torch.float32:
-        return Blocks(rows=16, keys=4, outputs=64, hidden=16, slice=16, mix_slice=16, warps=8, stages=2)
-    hidden = 64 if width <= 128 else 32
-    return Blocks(16, keys=4, outputs=hidden, hidden=hidden, slice=width, mix_slice=min(64, width), warps=8, stages=3)
+        return Blocks(rows=16, keys=2, outputs=64, hidden=32, slice=32, mix_slice=32, warps=8, stages=2)
+    if width <= 128:
+        rows, part = 32 if users > LARGE_BATCH else 16, min(64, width)
+        return Blocks(rows, keys=4, outputs=64, hidden=32, slice=width, mix_slice=part, warps=8, stages=4)
+    return Blocks(rows=16, keys=4, outputs=32, hidden=32, slice=width, mix_slice=64, warps=8, stages=3)
 
 
 def _fake(
@@ -91,7 +99,7 @@ def denoise_last_op(
 ) -> Tensor:
     B, D = condition.shape
     width, head_count, head_width = max(16, next_power_of_2(D)), next_power_of_2(heads), next_power_of_2(D // heads)
-    size = block_sizes(width, qkv.dtype)
+    size = block_sizes(B, width, qkv.dtype)
     programs = cdiv(B, size.rows)
     result = condition.new_empty((B, D), dtype=torch.float32)
     scratch = condition.new_empty((programs, size.rows, 3 * head_count * head_width + width), dtype=torch.float32)
@@ -150,5 +158,7 @@ def denoise_last_op(
         GEODESIC=geodesic,
         num_warps=size.warps,
         num_stages=size.stages,
+        # Left to itself, ptxas spills some registers to fit a second program on a multiprocessor.
+        maxnreg=255,
     )
     return result

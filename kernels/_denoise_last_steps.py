@@ -18,7 +18,16 @@ _UNIT_EPSILON = constant(1e-12)
 
 @jit
 def gaussian(
-    seed_ptr, row_keys_ptr, noise_ptr, draw, users, user, columns, D: tl.constexpr, KEYED: tl.constexpr, NOISE: tl.constexpr
+    seed_ptr,
+    row_keys_ptr,
+    noise_ptr,
+    draw,
+    users,
+    user,
+    columns,
+    D: tl.constexpr,
+    KEYED: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     """Noise of one draw for some users (int64), given (NOISE) or drawn from their row keys (KEYED) or places."""
     known, inside = user < users, columns < D
@@ -38,9 +47,21 @@ def gaussian(
 
 @jit
 def reverse_step(
-    x_t, x0_hat, coefficients_ptr, row, steps,
-    seed_ptr, row_keys_ptr, noise_ptr, users, user, columns,
-    D: tl.constexpr, KEYED: tl.constexpr, NOISE: tl.constexpr, GEODESIC: tl.constexpr,
+    x_t,
+    x0_hat,
+    coefficients_ptr,
+    row,
+    steps,
+    seed_ptr,
+    row_keys_ptr,
+    noise_ptr,
+    users,
+    user,
+    columns,
+    D: tl.constexpr,
+    KEYED: tl.constexpr,
+    NOISE: tl.constexpr,
+    GEODESIC: tl.constexpr,
 ):
     """x_{t-1} of row ``row`` of the coefficient table; at row 0, which adds no noise, x0_hat itself."""
     if row > 0:
@@ -60,7 +81,7 @@ def reverse_step(
 @jit
 def publish(operand, operand_ptr, SLICE: tl.constexpr):
     """Write an operand `[ROWS, WIDTH]` to scratch where `project` reads it in slices."""
-    if SLICE != operand.shape[1]:
+    if operand.shape[1] != SLICE:
         rows, columns = tl.arange(0, operand.shape[0]), tl.arange(0, operand.shape[1])
         # Other threads of the program may still read the last operand, and will read this one.
         tl.debug_barrier()
@@ -96,8 +117,18 @@ def project(operand, operand_ptr, weight_ptr, bias_ptr, outputs, inside, D: tl.c
 
 @jit
 def feed_forward(
-    operand, operand_ptr, out, up_ptr, up_bias_ptr, down_ptr, down_bias_ptr, columns,
-    D: tl.constexpr, HIDDEN: tl.constexpr, SLICE: tl.constexpr, GELU: tl.constexpr,
+    operand,
+    operand_ptr,
+    out,
+    up_ptr,
+    up_bias_ptr,
+    down_ptr,
+    down_bias_ptr,
+    columns,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLICE: tl.constexpr,
+    GELU: tl.constexpr,
 ):
     """``out + down(activation(up(operand)))``, HIDDEN of the 4 D hidden units at a time; tanh-GELU or SiLU."""
     column_inside = columns < D

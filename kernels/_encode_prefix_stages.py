@@ -74,12 +74,25 @@ def project(operand, rows_ptr, weight_ptr, bias_ptr, outputs, inside, width, D: 
 
 
 @jit
+def halves(x):
+    """Left and right half of the columns."""
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), (0, 2, 1)))
+
+
+@jit
 def attend(query, key, value, visible, scale, top, total, mixed):
     """One more tile of keys by online softmax: running maximum, denominator and numerator of each query row.
 
     query: `[TILE, d]`. key, value: `[KEYS, d]`. visible: `[TILE, KEYS]`. top, total: `[TILE]`. mixed: `[TILE, d]`.
     """
     scores = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
+    if key.dtype == tl.float32 and key.shape[1] > 64:
+        # Exact products hold their operands in registers: those of 128 columns would spill.
+        query, other_query = halves(query)
+        key, other_key = halves(key)
+        scores = dot(other_query, tl.trans(other_key), scores)
     scores = tl.where(visible, dot(query, tl.trans(key), scores) * scale, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # Where no key was seen yet any finite number does: exp(-inf - safe) is then 0 and not NaN.

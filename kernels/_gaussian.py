@@ -17,7 +17,7 @@ _HALF_PI_LOW = constant(7.549789954891882e-8)
 
 @jit
 def sine_cosine(angle):
-    """``sin`` and ``cos`` of float32 angles up to 8192 in size, to 1.5e-7; polynomials of Cephes' ``sinf``, ``cosf``."""
+    """``sin`` and ``cos`` of float32 angles up to 8192 in size, to 1.5e-7; polynomials of Cephes' sinf and cosf."""
     quarters = tl.floor(angle * _TWO_OVER_PI + 0.5)
     rest = angle - quarters * _HALF_PI_HIGH
     rest = rest - quarters * _HALF_PI_MIDDLE

@@ -18,24 +18,26 @@ _STRETCH = 256
 
 
 class _Blocks(NamedTuple):
-    """rows: tokens of a tile, as queries and as keys. chunk: columns of a product at a time, backward (`products`)."""
+    """rows: tokens of a tile, as queries and as keys. chunk: columns of a product at a time, backward (`products`).
+
+    maxnreg: left to itself, ptxas spills a few registers to fit one more block.
+    """
 
     rows: int
     chunk: int
     num_warps: int
-    num_stages: int
+    maxnreg: int
 
 
 def _forward_blocks(width: int, dtype: torch.dtype) -> _Blocks:
     # Tensor cores want 16 rows at least; a tile of 32 packed tokens holds four users of the mean length.
-    return _Blocks(16 if dtype == torch.float32 else 32, width, num_warps=4, num_stages=2)
+    return _Blocks(16 if dtype == torch.float32 else 32, width, num_warps=4, maxnreg=168)
 
 
 def _backward_blocks(width: int, dtype: torch.dtype) -> _Blocks:
-    # Chosen so that no target spills registers.
     if dtype == torch.float32:
-        return _Blocks(16, 32, num_warps=8 if width == WIDEST else 4, num_stages=1)
-    return _Blocks(16 if width == WIDEST else 32, width, num_warps=4, num_stages=2)
+        return _Blocks(16, 32, num_warps=4, maxnreg=168)
+    return _Blocks(16 if width == WIDEST else 32, width, num_warps=4, maxnreg=168)
 
 
 def _constants(
@@ -90,7 +92,7 @@ def _forward(
         prefix_attention_kernel,
         (cdiv(qkv.shape[0], blocks.rows), qkv.shape[2]),
         qkv, offsets, users, pads, pad_bias, seed, output, log_sum, *numbers,
-        **constants, ROWS=blocks.rows, num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        **constants, ROWS=blocks.rows, num_warps=blocks.num_warps, num_stages=2, maxnreg=blocks.maxnreg,
     )  # fmt: skip
     return output, log_sum
 
@@ -134,7 +136,7 @@ def _backward(
     blocks = _backward_blocks(constants["WIDTH"], qkv.dtype)
     tiles, heads = cdiv(qkv.shape[0], blocks.rows), qkv.shape[2]
     options = {"ROWS": blocks.rows, "CHUNK": blocks.chunk}
-    options |= {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    options |= {"num_warps": blocks.num_warps, "num_stages": 2, "maxnreg": blocks.maxnreg}
     qkv_gradient = torch.empty_like(qkv)
     partial = None
     in_passing = False

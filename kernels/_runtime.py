@@ -103,7 +103,7 @@ def recording() -> bool:
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
     """Run ``kernel[grid](*arguments, **options)``, visible to `torch.compile`. An empty grid launches nothing.
 
-    options: constexpr parameters by name, num_warps and num_stages.
+    options: constexpr parameters by name, num_warps, num_stages and maxnreg (most registers of a thread).
     """
     if _recordings:
         _recordings[-1].append(Launch(kernel, tuple(grid), arguments, options))
@@ -115,7 +115,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
     if INTERPRETED:
         kernel[tuple(grid)](*arguments, **options)
     else:
-        torch.library.wrap_triton(kernel)[tuple(grid)](*arguments, **options)
+        wrapped = torch.library.wrap_triton(kernel)
+        if wrapped is not kernel:
+            # Traced: torch's compiler launches kernels without a limit on registers, and takes none.
+            options.pop("maxnreg", None)
+        wrapped[tuple(grid)](*arguments, **options)
 
 
 def runs_triton(*tensors: Tensor) -> bool:

@@ -45,7 +45,7 @@ def to_storage(x, dtype: tl.constexpr):
     """Round float32 to the nearest value of a storage dtype, in the interpreter too, where a cast to bf16 truncates."""
     if LIFT_DOTS and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 32767 + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 32767 + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 

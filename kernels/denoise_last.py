@@ -2,7 +2,7 @@
 
 The denoiser is causal and every step gives the history the same input, so only the new token goes through the blocks:
 ``x0_hat = blocks(c + mix_weight (x_t + e_t))``, attending to keys and values of the history that
-`kernels.encode_prefix` computed once; then ``x_{t-1} = from_x0 x0_hat + from_xt x_t + sigma eps`` (ADRec, KDD 2025, arXiv
+`kernels.encode_prefix` computed once; then ``x_{t-1} = from_x0 x0_hat + from_xt x_t + sigma eps`` (ADRec, arXiv
 2505.19544, section 4.3). The noise is `kernels.philox`'s, drawn inside.
 """
 
@@ -43,27 +43,28 @@ def denoise_last(
 ) -> Tensor:
     """Run every reverse step of B users; returns x0_hat of the last one, `[B, D]` float32.
 
-    condition: `[B, D]`, c of each user's last token. weights: n denoiser blocks in float32 (multiplied exactly), float16
-    or bfloat16 (float32 accumulation), the storage dtype. keys_values: `[branches, n, 2, M, D]` in storage dtype, keys
-    and values of the packed tokens; those of a user's last token are not read. pads: `[branches, n, 2, P, D]` likewise,
-    of the padding: P = 1 stands for all pads of a user, of P = max_length rows the first are seen; None: padding is not
-    seen. offsets: `[B + 1]` int64 into the M tokens; every user has 1 or more, and ``max_length`` minus those in pads.
+    condition: `[B, D]`, c of each user's last token. weights: n denoiser blocks; their dtype is the storage dtype,
+    float32 (multiplied exactly), float16 or bfloat16 (float32 accumulation). keys_values: `[branches, n, 2, M, D]` in
+    storage dtype, keys and values of the packed tokens; those of a user's last token are not read. pads:
+    `[branches, n, 2, P, D]` likewise, of the padding, of which a user with l tokens has ``max_length - l``: P = 1
+    stands for all of them, of P = max_length rows the first so many are seen; None: padding is not seen. offsets:
+    `[B + 1]` int64 into the M tokens, of which every user has 1 or more.
     times: `[S, D]` float32, e_t of each row of the coefficient table. coefficients: `[S, 3]` float32, from_x0, from_xt
-    and sigma of each row; rows S - 1 to 1 are applied in that order, row 0 returns x0_hat.
+    and sigma of each row; rows S - 1 to 1 are applied in that order, and row 0 returns x0_hat.
     seed: int, or `[1]` int64 on the device. row_keys: `[B]` int64 in ``[0, 2^39)``, default 0 .. B - 1. noise:
     `[S + 1, B, D]` instead of drawn noise: first x_T, then that of each step; the last is not used.
-    guidance_scale: s of ``x0 = uncond + s (cond - uncond)``; other than 1 it needs two branches, of which the second has
-    no condition. geodesic: project to the unit sphere after every step and at the end.
+    guidance_scale: s of ``x0 = uncond + s (cond - uncond)``; other than 1 it needs two branches, the second of which is
+    without condition. geodesic: project to the unit sphere after every step and at the end.
 
-    D is 8 to 256, D / heads 8 to 128, S up to 4095; n and B are free. Needs time and noise per step, and no memory beyond
-    16 KiB a user. weights, keys_values, pads, offsets, times and coefficients must be contiguous; other inputs are made
-    so. Users of similar length should stand together: a tile of them waits for its longest. Up to some 2000 users a launch
-    takes as long as one user does, the time in which one multiprocessor reads all weights S times from the second-level
-    cache: batch requests where throughput counts. Results of a user depend on no other user. Inference only: no gradients.
+    D is 8 to 256, D / heads 8 to 128, S up to 4095. weights, keys_values, pads, offsets, times and coefficients must be
+    contiguous; other inputs are made so. No gradients. A user's result depends on no other user.
+    Users of similar length should stand together: the 16 or 32 of a program wait for the longest. A program reads all
+    weights from the second-level cache in every step, which bounds its time; up to about 2000 users it is the time of
+    one user, so few users are served no faster than many.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `denoise_last_twin`.
     """
-    _check(condition, weights, keys_values, pads, offsets, times, coefficients, heads, max_length, guidance_scale)
     check_steps(condition, times, coefficients, row_keys, noise)
+    _check(condition, weights, keys_values, pads, offsets, times, coefficients, heads, max_length, guidance_scale)
     optional = [tensor for tensor in (pads, row_keys, noise) if tensor is not None]
     if not runs_triton(condition, *weights, keys_values, offsets, times, coefficients, *optional):
         return denoise_last_twin(
@@ -83,7 +84,7 @@ def denoise_last(
             guidance_scale=guidance_scale,
             geodesic=geodesic,
         )
-    return denoise_last_op(  # type: ignore[no-any-return]
+    return denoise_last_op(
         condition.contiguous(),
         *weights,
         keys_values,
@@ -132,7 +133,7 @@ def denoise_last_twin(
     # The last column is the new token itself.
     bias = torch.zeros(B, longest + 1, dtype=dtype, device=offsets.device)
     bias[:, :longest].masked_fill_(~visible, -torch.inf)
-    seen = keys_values[:, :, :, tokens].to(dtype)
+    seen = keys_values[:, :, :, tokens].to(dtype).masked_fill(~visible[:, :, None], 0.0)
     if pads is not None:
         bias = torch.cat([pad_weights(lengths.clamp(max=max_length), pads.shape[3], max_length).to(dtype), bias], 1)
         padding = pads[:, :, :, None].expand(-1, -1, -1, B, -1, -1)
@@ -143,9 +144,7 @@ def denoise_last_twin(
         rows = mixed + condition.to(dtype) if branch == 0 else mixed
         for block in range(weights.blocks):
             query, *own = split_qkv(weights, block, rows, heads)
-            key, value = (
-                torch.cat([old, new[:, None]], 1) for old, new in zip(seen[branch, block], own, strict=True)
-            )
+            key, value = (torch.cat([old, new[:, None]], 1) for old, new in zip(seen[branch, block], own, strict=True))
             scores = torch.einsum("bhd,bkhd->bhk", query, key) / math.sqrt(D // heads) + bias[:, None]
             attended = torch.einsum("bhk,bkhd->bhd", scores.softmax(-1), value)
             rows = finish_block(weights, block, rows, attended.flatten(1))
@@ -178,8 +177,7 @@ def _check(
     max_length: int,
     guidance_scale: float,
 ) -> None:
-    require(condition.dim() == 2, f"condition has shape {list(condition.shape)}; expected [B, D]")
-    (B, D), n, dtype = condition.shape, weights.blocks, weights.qkv.dtype
+    (B, D), n, stored, single = condition.shape, weights.blocks, (weights.qkv.dtype,), (torch.float32,)
     require(heads >= 1 and D % heads == 0, f"heads is {heads}; allowed: divisors of the width {D}")
     require(
         NARROWEST_HEAD <= D // heads <= WIDEST_HEAD,
@@ -195,29 +193,21 @@ def _check(
         f"keys_values has {branches} branches; guidance_scale {guidance_scale} needs {needed}: encode with"
         " unconditional=True",
     )
-    matrices = (("qkv", 3 * D, D), ("out", D, D), ("up", 4 * D, D), ("down", D, 4 * D))
-    shapes = {name: (rows, columns) for name, rows, columns in matrices}
-    shapes |= {f"{name}_bias": (rows,) for name, rows, _ in matrices}  # type: ignore[misc]
-    shapes |= {"attention_norm": (2, D), "feed_forward_norm": (2, D)}
-    stored = [name for name, *_ in matrices]
-    require(dtype in DTYPES, f"weights.qkv is {dtype}; allowed: float32, float16, bfloat16")
-    check_tensors(
-        [
-            (f"weights.{name}", tensor, [n, *shapes[name]], (dtype,) if name in stored else DTYPES[:1])
-            for name, tensor in weights._asdict().items()
-        ]
-    )
+    require(weights.qkv.dtype in DTYPES, f"weights.qkv is {weights.qkv.dtype}; allowed: float32, float16, bfloat16")
     padding = 1 if pads is None or pads.dim() != 5 or pads.shape[3] == 1 else max_length
-    check_tensors(
-        (
-            ("keys_values", keys_values, [branches, n, 2, tokens, D], (dtype,)),
-            ("pads", pads, [branches, n, 2, padding, D], (dtype,)),
-            ("offsets", offsets, [B + 1], (torch.int64,)),
-        )
-    )
-    named: dict[str, Tensor | None] = {f"weights.{name}": tensor for name, tensor in weights._asdict().items()}
-    named |= {"keys_values": keys_values, "pads": pads, "offsets": offsets}
-    check_contiguous(named | {"times": times, "coefficients": coefficients})
+    named: dict[str, tuple[Tensor | None, list[int], tuple[torch.dtype, ...]]] = {
+        "keys_values": (keys_values, [branches, n, 2, tokens, D], stored),
+        "pads": (pads, [branches, n, 2, padding, D], stored),
+        "offsets": (offsets, [B + 1], (torch.int64,)),
+    }
+    for name, rows, columns in (("qkv", 3 * D, D), ("out", D, D), ("up", 4 * D, D), ("down", D, 4 * D)):
+        named[f"weights.{name}"] = (getattr(weights, name), [n, rows, columns], stored)
+        named[f"weights.{name}_bias"] = (getattr(weights, f"{name}_bias"), [n, rows], single)
+    for name in ("attention_norm", "feed_forward_norm"):
+        named[f"weights.{name}"] = (getattr(weights, name), [n, 2, D], single)
+    check_tensors([(name, *rest) for name, rest in named.items()])
+    tensors = {name: tensor for name, (tensor, _, _) in named.items()}
+    check_contiguous(tensors | {"times": times, "coefficients": coefficients})
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -252,7 +242,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str,
         "max_length": shape["max_length"],
         "seed": torch.zeros(1, dtype=torch.int64, device=device),
         "row_keys": torch.arange(B, device=device),
-        "guidance_scale": 2.0 if branches == 2 else 1.0,
+        "guidance_scale": 1.5 if branches == 2 else 1.0,
         "geodesic": bool(shape.get("geodesic")),
     }
 

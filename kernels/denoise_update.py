@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """One reverse step in one pass: ``x_{t-1} = a x0_hat + b x_t + s eps``, noise drawn inside.
 
 (a, b, s) is a row of any coefficient table: the DDPM posterior (arXiv 2006.11239), DDIM, or what is between them by eta
@@ -178,7 +177,7 @@ def _check(
 
 
 @jit
-def _update_kernel(
+def _update_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     x0_ptr,
     x_t_ptr,

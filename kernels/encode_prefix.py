@@ -330,7 +330,7 @@ _SHAPES: dict[str, Shape] = {
     "paper": _PAPER,
     "width 256": _PAPER | {"width": 256},
     "one user": _PAPER | {"users": 1, "length": 9},
-    "three users": _PAPER | {"users": 3, "length": 9},
+    "six users": _PAPER | {"users": 6, "length": 9},
     "large batch": _PAPER | {"users": 4096},
     "masked padding": _PAPER | {"pads": 0},
     "guided, geodesic, positions": _PAPER | {"guided": 1, "geodesic": 1, "positions": 1},

@@ -54,7 +54,8 @@ def prefix_attention(
 
     qkv: queries, keys and values, float32, float16 or bfloat16, contiguous, d from 8 to 128; scores are scaled by
     ``1 / sqrt(d)``, sums are float32. offsets: `[B + 1]` int64, user b owns tokens offsets[b] up to offsets[b + 1],
-    possibly none; users in any order; offsets[B] is M. At most 2^17 tokens a user.
+    possibly none; users in any order; offsets[B] is M. At most 2^17 tokens a user. Values must be finite:
+    neighbouring users share a tile, and an infinite value times another user's weight of zero is not a number.
 
     pads: keys and values of the padding `[2, U, H, P, d]`, U = 1 (all users share it) or B; made contiguous. What it
     weighs: a history of length l has ``n = max_length - l`` pads, none if that is below 1. With P = 1 the one row

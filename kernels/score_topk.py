@@ -27,12 +27,12 @@ _SCORES_BUDGET = 2**25
 _ITEMS = 32
 _FLOAT32_CHUNK = 16
 # Programs that fill a GPU of some 130 multiprocessors: several small ones on each, or two large ones.
-_SMALL_PROGRAMS, _LARGE_PROGRAMS = 1024, 264
+_SMALL_PROGRAMS, _LARGE_PROGRAMS = 1024, 256
 _MOST_SPLITS = 512
 _FEWEST_SPLIT_ITEMS = 1024
 # From so many items on, reading the table once for every 16 rows costs more than larger tiles lose.
 _LARGE_CATALOGUE = 1 << 17
-_MERGED_KEYS = 8192
+_MERGED_KEYS = 4096
 _KEYS_PER_WARP = 512
 
 
@@ -164,48 +164,64 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the launches. rows, items: of a tile. chunk: columns multiplied at a time. capacity: keys of a list.
+    """Sizes of the launches.
+
+    lift: multiplied in float32. rows, items: of a tile. chunk: columns multiplied at a time. capacity: keys of a list.
 
     most: keys kept when a list is compacted. reserved: places of each lane that those take. split_items: of a split.
+    registers: most a thread may use; left to itself, ptxas spills a few to fit one more block.
     """
 
+    lift: bool
     rows: int
     items: int
+    block_width: int
     chunk: int
     capacity: int
     most: int
     reserved: int
     splits: int
     split_items: int
+    registers: int
     num_warps: int
     num_stages: int
 
 
-def plan(batch: int, items: int, width: int, k: int, lift: bool) -> Plan:
-    """Sizes for ``batch`` rows, ``items`` items and ``width`` columns; lift: multiplied in float32.
+def plan(batch: int, items: int, width: int, k: int, rows: torch.dtype, table: torch.dtype) -> Plan:
+    """Sizes for ``batch`` rows and ``items`` items of ``width`` columns, stored as ``rows`` and ``table``.
 
     Tiles of 32 items use the same tensor core instruction on every GPU and in both presets, so scores are the same.
     """
-    large = batch > 16 and items >= _LARGE_CATALOGUE
+    block_width = max(16, next_power_of_2(width))
+    # Bytes are converted in registers, which a large tile of wide rows leaves too few of.
+    large = batch > 16 and items >= _LARGE_CATALOGUE and not (table == torch.uint8 and block_width > 128)
     tile = 64 if large else 16
     tiles = max(1, cdiv(batch, tile))
     programs = _LARGE_PROGRAMS if large else _SMALL_PROGRAMS
     splits = min(max(1, programs // tiles), _MOST_SPLITS, max(1, items // _FEWEST_SPLIT_ITEMS))
     split_items = max(1, cdiv(cdiv(items, splits), _ITEMS)) * _ITEMS
-    block_width = max(16, next_power_of_2(width))
+    lift = rows == torch.float32 or table not in (rows, torch.uint8, torch.int8)
     # A compaction may leave a few keys more than k, which ends its search early.
     most = cdiv(k + 8, _ITEMS) * _ITEMS
+    capacity = 512 if k <= 128 else 1024 if k <= 384 else 2048
+    # Blocks of a multiprocessor: 3 small or 2 large ones where nothing spills, otherwise 2 small or 1 large.
+    registers = 128 if large else 168
+    if table == torch.uint8 or capacity == 2048 or (large and (lift or table != rows or block_width > 128)):
+        registers = 255
     return Plan(
+        lift=lift,
         rows=tile,
         items=_ITEMS,
+        block_width=block_width,
         chunk=_FLOAT32_CHUNK if lift else block_width,
-        capacity=512 if k <= 128 else 1024 if k <= 384 else 2048,
+        capacity=capacity,
         most=most,
         reserved=most // _ITEMS,
         splits=max(1, cdiv(items, split_items)),
         split_items=split_items,
+        registers=registers,
         num_warps=8 if large else 4,
-        num_stages=3,
+        num_stages=4 if table.itemsize == 1 and not large else 3,
     )
 
 
@@ -237,8 +253,7 @@ def _score_topk(
 ) -> tuple[Tensor, Tensor]:
     (batch, width), last, device = rows.shape, table.shape[0], rows.device
     items, scores = _fake(rows, table, scale, exclude_items, exclude_offsets, k, first)
-    lift = rows.dtype == torch.float32 or table.dtype not in (rows.dtype, torch.int8, torch.uint8)
-    sizes = plan(batch, max(0, last - first), width, k, lift)
+    sizes = plan(batch, max(0, last - first), width, k, rows.dtype, table.dtype)
     candidates = torch.empty((batch, sizes.splits, sizes.capacity), dtype=torch.int64, device=device)
     launch(
         score_splits,
@@ -259,9 +274,9 @@ def _score_topk(
         sizes.splits,
         sizes.split_items,
         WIDTH=width,
-        BLOCK_WIDTH=max(16, next_power_of_2(width)),
+        BLOCK_WIDTH=sizes.block_width,
         CHUNK=sizes.chunk,
-        LIFT=lift,
+        LIFT=sizes.lift,
         ROWS=sizes.rows,
         ITEMS=sizes.items,
         CAPACITY=sizes.capacity,
@@ -270,7 +285,7 @@ def _score_topk(
         EXCLUDES=exclude_items is not None,
         num_warps=sizes.num_warps,
         num_stages=sizes.num_stages,
-        maxnreg=128,
+        maxnreg=sizes.registers,
     )
     best = next_power_of_2(k)
     step, lists, done = 1, sizes.splits, False
@@ -290,7 +305,7 @@ def _score_topk(
             BEST=best,
             FAN=fan,
             LAST=done,
-            num_warps=min(16, max(1, fan * best // _KEYS_PER_WARP)),
+            num_warps=min(8, max(1, fan * best // _KEYS_PER_WARP)),
             num_stages=1,
         )
         step, lists = step * fan, groups

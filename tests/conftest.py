@@ -23,6 +23,14 @@ TESTS = Path(__file__).resolve().parent
 ITEMS, WIDTH, HEADS, USERS = 40, 16, 2, 60
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none: the interpreter would need many minutes."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device that torch can use"))
+
+
 class ModelFactory(Protocol):
     """Builds a model of 40 items, width 16 and 2 heads; keywords override settings of `ModelConfig`."""
 

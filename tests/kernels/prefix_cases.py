@@ -13,16 +13,16 @@ from tests.kernels.conftest import assert_matches, embedded, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Histories that start and end inside tiles, span several, share one, are empty or a single token.
-LENGTHS = (3, 0, 1, 7, 0, 26, 1, 2)
+LENGTHS = (3, 0, 1, 7, 0, 18, 1, 2, 5)
 # What of the padding: none; one row for all of it; a row for each position; each shared or each user's own.
 PADDING: dict[str, dict[str, Any]] = {
     "masked": {"pads": 0},
     "one": {"pads": 1},
     "one of each user": {"pads": 1, "own": True},
-    "positions": {"pads": 26},
-    "positions of each user": {"pads": 26, "own": True},
+    "positions": {"pads": 18},
+    "positions of each user": {"pads": 18, "own": True},
     "one, given bias": {"pads": 1, "bias": True},
-    "positions, given bias": {"pads": 26, "bias": True},
+    "positions, given bias": {"pads": 18, "bias": True},
     "some of each user, given bias": {"pads": 5, "own": True, "bias": True},
 }
 

@@ -87,7 +87,7 @@ def test_histories_of_200_tokens_match(kernel_device: torch.device, dtype: torch
 
 @settings(max_examples=15, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 24), max_size=7).map(tuple),
+    lengths=st.lists(st.integers(0, 17), max_size=7).map(tuple),
     heads=st.integers(1, 3),
     width=st.integers(8, 20),
     padding=st.sampled_from(list(PADDING)),
@@ -103,33 +103,34 @@ def test_any_shape_matches(
     dropout: float,
     seed: int,
 ) -> None:
-    options = {"heads": heads, "width": width, "max_length": 26, **PADDING[padding]}
+    options = {"heads": heads, "width": width, "max_length": 18, **PADDING[padding]}
     compare(arguments(kernel_device, lengths, dropout=dropout, seed=seed, **options))
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("padding", ["masked", "one", "positions of each user"])
 def test_no_tokens_give_no_rows(kernel_device: torch.device, lengths: tuple[int, ...], padding: str) -> None:
-    values = arguments(kernel_device, lengths, max_length=26, dropout=0.1, **PADDING[padding])
+    values = arguments(kernel_device, lengths, max_length=18, dropout=0.1, **PADDING[padding])
     assert compare(values).shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("pads", [1, 26])
+@pytest.mark.parametrize("pads", [1, 18])
 def test_a_history_without_padding_does_not_see_it(kernel_device: torch.device, pads: int) -> None:
-    """The 26 tokens of the longest history fill max_length; so do, by definition, those of a longer one."""
-    values = arguments(kernel_device, (26, 30, 2), pads=pads, max_length=26)
+    """The 18 tokens of the longest history fill max_length; so do, by definition, those of a longer one."""
+    values = arguments(kernel_device, (18, 22, 2), pads=pads, max_length=18)
     full = prefix_attention(**values)
     without = prefix_attention(values["qkv"], values["offsets"])
-    assert rms_ratio(full[:56], without[:56]) <= RMS_RATIO[torch.float32]
-    assert rms_ratio(full[56:], without[56:]) > 0.01
+    assert rms_ratio(full[:40], without[:40]) <= RMS_RATIO[torch.float32]
+    assert rms_ratio(full[40:], without[40:]) > 0.01
     compare(values)
 
 
-def test_infinite_and_huge_numbers_of_one_user_stay_there(kernel_device: torch.device) -> None:
-    values = arguments(kernel_device, (5, 4, 30, 3), max_length=40)
+def test_huge_numbers_of_one_user_stay_there(kernel_device: torch.device) -> None:
+    """A tile holds several users."""
+    values = arguments(kernel_device, (5, 4, 12, 3), max_length=40)
     expected = prefix_attention(**values)
     start, end = values["offsets"][1:3].tolist()
-    values["qkv"][start:end] = math.inf
+    values["qkv"][start:end] = 1e30
     others = torch.ones(len(expected), dtype=torch.bool)
     others[start:end] = False
     assert torch.equal(prefix_attention(**values)[others], expected[others])
@@ -154,7 +155,7 @@ def test_users_given_and_a_seed_on_the_device_change_nothing(kernel_device: torc
 
 def test_pads_with_gaps_between_rows_are_read_right(kernel_device: torch.device) -> None:
     """As `CausalTransformer.pad_states` makes them: heads and positions swapped in memory."""
-    values = arguments(kernel_device, pads=26)
+    values = arguments(kernel_device, pads=18)
     expected = prefix_attention(**values)
     swapped = values["pads"].transpose(2, 3).contiguous().transpose(2, 3)
     assert not swapped.is_contiguous()
@@ -183,27 +184,23 @@ def test_dropout_keeps_the_mean_and_draws_apart() -> None:
     for part in (tokens, factors[..., :8]):
         deviation = (0.25 / 0.75 / part.numel()) ** 0.5
         assert abs(float(part.mean()) - 1.0) < 4.0 * deviation
-    assert set(factors.unique().tolist()) == {0.0, pytest.approx(4.0 / 3.0)}
+    assert factors.unique().tolist() == pytest.approx([0.0, 4.0 / 3.0])
     # Neither neighbouring rows, heads, users nor keys share their draws.
     for one, other in ((tokens[0], tokens[1]), (tokens[:, 0], tokens[:, 1]), (tokens[..., 1:], tokens[..., :-1])):
         assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.06
 
 
-def test_the_operator_passes_opcheck(kernel_device: torch.device) -> None:
-    for padding in ("masked", "one", "positions of each user"):
-        values = arguments(kernel_device, (3, 9), max_length=26, **PADDING[padding])
-        users = token_users(values["offsets"], 12)
-        pads = values.get("pads")
-        seed = seed_tensor(3, kernel_device)
-        qkv = values["qkv"].clone().requires_grad_()
-        pads = None if pads is None else pads.clone().requires_grad_()
-        opcheck(operators.attention.op, (qkv, values["offsets"], users, pads, None, 26, 6554, seed))
-        qkv, pads = qkv.detach(), None if pads is None else pads.detach()
-        output, log_sum = operators.attention(qkv, values["offsets"], users, pads, None, 26, 6554, seed)
-        opcheck(
-            operators.attention_gradients.op,
-            (output.clone(), qkv, values["offsets"], users, pads, None, output, log_sum, 26, 6554, seed, True),
-        )
+@pytest.mark.parametrize("padding", ["masked", "one"])
+def test_the_operators_pass_opcheck(kernel_device: torch.device, padding: str) -> None:
+    values = arguments(kernel_device, (3, 2), heads=1, max_length=5, **PADDING[padding])
+    offsets, users = values["offsets"], token_users(values["offsets"], 5)
+    rest = (None, values.get("max_length", 0), 6554, seed_tensor(3, kernel_device))
+    inputs = [values["qkv"], values.get("pads")]
+    given = [None if value is None else value.clone().requires_grad_() for value in inputs]
+    opcheck(operators.attention.op, (given[0], offsets, users, given[1], *rest))
+    output, log_sum = operators.attention(inputs[0], offsets, users, inputs[1], *rest)
+    given = (output.clone(), inputs[0], offsets, users, inputs[1], rest[0], output, log_sum, *rest[1:])
+    opcheck(operators.attention_gradients.op, (*given, padding == "one"))
 
 
 def test_it_compiles_whole(kernel_device: torch.device) -> None:
@@ -228,19 +225,19 @@ def test_it_compiles_whole(kernel_device: torch.device) -> None:
         ({"qkv": torch.zeros(40, 3, 2, 7)}, "head width is 7; allowed: 8 to 128"),
         ({"qkv": torch.zeros(40, 3, 2, 129)}, "head width is 129; allowed: 8 to 128"),
         ({"qkv": torch.zeros(40, 3, 8, 2).transpose(2, 3)}, r"call .contiguous\(\)"),
-        ({"offsets": torch.zeros(9, dtype=torch.int32)}, r"expected contiguous int64 \[B \+ 1\]"),
+        ({"offsets": torch.zeros(10, dtype=torch.int32)}, r"expected contiguous int64 \[B \+ 1\]"),
         ({"offsets": torch.zeros(0, dtype=torch.int64)}, r"expected contiguous int64 \[B \+ 1\]"),
         ({"users": torch.zeros(39, dtype=torch.int64)}, r"contiguous int64 \[M\]"),
         ({"dropout": 1.0}, "dropout is 1.0; allowed: 0 to"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"pads": torch.zeros(2, 3, 2, 1, 8)}, r"expected \[2, 1 or 8, 2, P, 8\]"),
-        ({"pads": torch.zeros(2, 1, 1, 1, 8)}, r"expected \[2, 1 or 8, 2, P, 8\]"),
-        ({"pads": torch.zeros(2, 1, 2, 0, 8)}, r"expected \[2, 1 or 8, 2, P, 8\]"),
+        ({"pads": torch.zeros(2, 3, 2, 1, 8)}, r"expected \[2, 1 or 9, 2, P, 8\]"),
+        ({"pads": torch.zeros(2, 1, 1, 1, 8)}, r"expected \[2, 1 or 9, 2, P, 8\]"),
+        ({"pads": torch.zeros(2, 1, 2, 0, 8)}, r"expected \[2, 1 or 9, 2, P, 8\]"),
         ({"pads": torch.zeros(2, 1, 2, 1, 8).half()}, "pads is torch.float16 and qkv torch.float32"),
-        ({"pads": torch.zeros(2, 1, 2, 5, 8)}, "5 pad rows for max_length 26; allowed: 1, or max_length"),
+        ({"pads": torch.zeros(2, 1, 2, 5, 8)}, "5 pad rows for max_length 18; allowed: 1, or max_length"),
         ({"max_length": None}, "pads need max_length or pad_bias, not both"),
-        ({"pad_bias": torch.zeros(8, 1)}, "pads need max_length or pad_bias, not both"),
-        ({"max_length": None, "pad_bias": torch.zeros(1, 8)}, r"expected floating point \[8, 1\]"),
+        ({"pad_bias": torch.zeros(9, 1)}, "pads need max_length or pad_bias, not both"),
+        ({"max_length": None, "pad_bias": torch.zeros(1, 9)}, r"expected floating point \[9, 1\]"),
         ({"seed": torch.zeros(2, dtype=torch.int64), "dropout": 0.5}, "expected 1 int64"),
     ],
 )
@@ -269,7 +266,8 @@ def test_entries_record_without_a_device_and_match_their_twins(kernel_device: to
             assert cost.bytes > 0
             assert cost.flops > 0
     for shape in entry.shapes.values():
-        small = {**shape, "users": 9, "longest": 4, "width": min(shape["width"], 128)}
+        small = {**shape, "users": 5, "longest": 3, "pads": min(shape["pads"], 5)}
+        small["max_length"] = 5 if small["pads"] > 1 else shape["max_length"]
         inputs = entry.inputs(small, torch.float32, kernel_device)
         found, expected = entry.run(**inputs), entry.twin(**inputs)
         pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)

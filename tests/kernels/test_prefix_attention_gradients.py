@@ -16,11 +16,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("padding", ["masked", "one", "positions of each user"])
-def test_the_twin_passes_gradcheck(padding: str, dropout: float) -> None:
-    values = arguments(CPU, (2, 0, 3, 1), max_length=4, dropout=dropout, **{**PADDING[padding], "pads": 4})
-    if padding != "positions of each user":
-        values = arguments(CPU, (2, 0, 3, 1), max_length=4, dropout=dropout, **PADDING[padding])
+@pytest.mark.parametrize("padding", [{"pads": 0}, {"pads": 1}, {"pads": 4, "own": True}], ids=str)
+def test_the_twin_passes_gradcheck(padding: dict[str, Any], dropout: float) -> None:
+    values = arguments(CPU, (2, 0, 3, 1), max_length=4, dropout=dropout, **padding)
     values = widened(values, torch.float64)
     names = [name for name in ("qkv", "pads") if name in values]
 
@@ -66,7 +64,7 @@ def test_histories_of_200_tokens_match(kernel_device: torch.device, dtype: torch
 
 @settings(max_examples=12, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 24), max_size=6).map(tuple),
+    lengths=st.lists(st.integers(0, 17), max_size=6).map(tuple),
     heads=st.integers(1, 3),
     width=st.integers(8, 20),
     padding=st.sampled_from(list(PADDING)),
@@ -75,7 +73,7 @@ def test_histories_of_200_tokens_match(kernel_device: torch.device, dtype: torch
 def test_any_shape_matches(
     kernel_device: torch.device, lengths: tuple[int, ...], heads: int, width: int, padding: str, dropout: float
 ) -> None:
-    options = {"heads": heads, "width": width, "max_length": 26, **PADDING[padding]}
+    options = {"heads": heads, "width": width, "max_length": 18, **PADDING[padding]}
     compare_gradients(arguments(kernel_device, lengths, dropout=dropout, **options))
 
 
@@ -84,7 +82,7 @@ def test_any_shape_matches(
 def test_without_tokens_padding_gets_a_gradient_of_zero(
     kernel_device: torch.device, lengths: tuple[int, ...], padding: str
 ) -> None:
-    values = arguments(kernel_device, lengths, max_length=26, dropout=0.1, **PADDING[padding])
+    values = arguments(kernel_device, lengths, max_length=18, dropout=0.1, **PADDING[padding])
     pads = values["pads"].requires_grad_()
     (gradient,) = torch.autograd.grad(prefix_attention(**values).sum(), pads)
     assert torch.equal(gradient, torch.zeros_like(pads))
