@@ -1,14 +1,21 @@
-"""The two losses of ADRec: cross-entropy over the whole catalogue, in chunks, and reconstruction."""
+"""The two losses of ADRec: cross-entropy over the whole catalogue, never all logits at once, and reconstruction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adrec.errors import ConfigError, nearest
 from adrec.models.layout import Layout
+
+CROSS_ENTROPIES = ("auto", "liger", "chunks")
+# Liger computes in float32 whatever it is given.
+LIGER_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # A tile of 4 MiB stays in a core's cache: 1.5 times the speed of 64 MiB on a CPU.
 DEFAULT_LOGITS_BUDGET = 2**20
@@ -78,15 +85,64 @@ def _log_sum(part: Tensor, table: Tensor, width: int, wide: torch.dtype) -> Tens
     return running
 
 
+@cache
+def liger_cross_entropy() -> Callable[..., Tensor] | None:
+    """Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), or None where it is not installed."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    function: Callable[..., Tensor] = liger_fused_linear_cross_entropy
+    return function
+
+
+def cross_entropy_for(rows: Tensor, table: Tensor, choice: str = "auto") -> str:
+    """Return which of "liger" and "chunks" computes the loss of these tensors.
+
+    choice: "auto" is Liger-Kernel on a CUDA device where it is installed and has the dtype, else chunks; "liger" is an
+    error (ConfigError) where it cannot run; "chunks" needs nothing.
+    """
+    if choice not in CROSS_ENTROPIES:
+        allowed = ", ".join(CROSS_ENTROPIES)
+        raise ConfigError(f"cross_entropy is '{choice}'; allowed: {allowed}{nearest(choice, CROSS_ENTROPIES)}")
+    if choice == "chunks":
+        return "chunks"
+    problem = ""
+    if rows.device.type != "cuda":
+        problem = f"it runs on CUDA devices and the rows are on {rows.device}"
+    elif rows.dtype not in LIGER_DTYPES or table.dtype not in LIGER_DTYPES:
+        problem = f"it takes float32, float16 and bfloat16, not {rows.dtype} rows with a {table.dtype} table"
+    elif liger_cross_entropy() is None:
+        problem = "Liger-Kernel is not installed: pip install 'adrec[liger]'"
+    if problem and choice == "liger":
+        raise ConfigError(f"cross_entropy is 'liger', but {problem}; 'auto' and 'chunks' work here")
+    return "chunks" if problem or not len(rows) else "liger"
+
+
+def _by_liger(rows: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+    fused = liger_cross_entropy()
+    assert fused is not None
+    if table.requires_grad and not rows.requires_grad:
+        # Liger forms no gradient of the table unless it forms one of the rows.
+        rows = rows.detach().requires_grad_()
+    # Not its mean: that divides the gradient of each logit by M before storing it, where half precision loses it.
+    return fused(rows, table, targets, reduction="sum") / len(rows)
+
+
 def catalogue_cross_entropy(
-    rows: Tensor, table: Tensor, targets: Tensor, budget: int = DEFAULT_LOGITS_BUDGET
+    rows: Tensor, table: Tensor, targets: Tensor, budget: int = DEFAULT_LOGITS_BUDGET, choice: str = "auto"
 ) -> Tensor:
     """Mean of ``CE(rows @ table.T, targets)`` over all rows and all N + 1 columns of the table.
 
     rows: `[M, D]`. table: `[N + 1, D]`; its padding row is a class of logit 0, as in the released code. targets: `[M]`
-    int64. budget: logits held at a time (elements), whatever M and N are; besides them only the gradients are kept. A
-    catalogue too large for whole rows costs one more matrix product. Returns a scalar, float32 at least.
+    int64. Returns a scalar, float32 at least. choice: see `cross_entropy_for`.
+
+    In chunks, budget is the number of logits held at a time, whatever M and N are; besides them only the gradients are
+    kept. A catalogue too large for whole rows costs one more matrix product. Liger-Kernel ignores the budget: it holds
+    up to ``2 M D`` logits, or one row of them, waits for the device, and its backward pass may run only once.
     """
+    if cross_entropy_for(rows, table, choice) == "liger":
+        return _by_liger(rows, table, targets)
     return _CatalogueCrossEntropy.apply(rows, table, targets, budget)
 
 

@@ -165,7 +165,7 @@ def denoise_last_kernel(
     operand_rows = mixed_rows + ROWS * WIDTH
     head, lane = tl.arange(0, HEAD_COUNT), tl.arange(0, HEAD_WIDTH)
     head_cells = mixed_rows + tile[:, None, None] * WIDTH + head[None, :, None] * d + lane[None, None, :]
-    head_inside = (head[None, :, None] < HEADS) & (lane[None, None, :] < d) & (tile[:, None, None] < ROWS)
+    head_inside = (head[None, :, None] < HEADS) & (lane[None, None, :] < d)
     layers = blocks * 2 if GUIDED else blocks
     token_cells = tl.full([], D, tl.int64) * tokens
 
@@ -175,6 +175,7 @@ def denoise_last_kernel(
     tl.store(x_t_cells, x_t, mask=cell)
     tl.debug_barrier()
     h = tl.zeros([ROWS, WIDTH], tl.float32)
+    # Addresses hoisted out of these loops would fill the registers for the whole of a step.
     for draw in tl.range(0, steps, disable_licm=True):
         row = steps - 1 - draw
         for layer in tl.range(0, layers, disable_licm=True):
@@ -280,5 +281,7 @@ def denoise_last_kernel(
             NOISE,
             GEODESIC,
         )
+        # No thread may still read the old x_t, or already read the new one.
+        tl.debug_barrier()
         tl.store(x_t_cells, x_t, mask=cell)
         tl.debug_barrier()

@@ -30,15 +30,14 @@ class Blocks(NamedTuple):
 
 def block_sizes(users: int, width: int, dtype: torch.dtype) -> Blocks:
     """Sizes for tiles ``width`` wide, a power of two: registers do not spill, and loads of weights run ahead."""
-    if dtype == torch.float32 and width <= 128:
-        part = min(64, width)
-        return Blocks(rows=16, keys=4, outputs=64, hidden=64, slice=part, mix_slice=part, warps=8, stages=2)
+    small = width <= 128
     if dtype == torch.float32:
-        return Blocks(rows=16, keys=2, outputs=64, hidden=32, slice=32, mix_slice=32, warps=8, stages=2)
-    if width <= 128:
-        rows, part = 32 if users > LARGE_BATCH else 16, min(64, width)
-        return Blocks(rows, keys=4, outputs=64, hidden=32, slice=width, mix_slice=part, warps=8, stages=4)
-    return Blocks(rows=16, keys=4, outputs=32, hidden=32, slice=width, mix_slice=64, warps=8, stages=3)
+        part = min(32, width)
+        keys, hidden = (4, 64) if small else (2, 32)
+        return Blocks(16, keys, outputs=32, hidden=hidden, slice=part, mix_slice=part, warps=8, stages=2)
+    rows = 32 if small and users > LARGE_BATCH else 16
+    outputs, stages = (64, 4) if small else (32, 3)
+    return Blocks(rows, 4, outputs, hidden=32, slice=width, mix_slice=min(64, width), warps=8, stages=stages)
 
 
 def _fake(

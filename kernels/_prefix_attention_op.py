@@ -31,13 +31,15 @@ class _Blocks(NamedTuple):
 
 def _forward_blocks(width: int, dtype: torch.dtype) -> _Blocks:
     # Tensor cores want 16 rows at least; a tile of 32 packed tokens holds four users of the mean length.
-    return _Blocks(16 if dtype == torch.float32 else 32, width, num_warps=4, maxnreg=168)
+    rows = 16 if dtype == torch.float32 else 32
+    return _Blocks(rows, width, num_warps=4, maxnreg=255 if rows == 32 and width == WIDEST else 168)
 
 
 def _backward_blocks(width: int, dtype: torch.dtype) -> _Blocks:
     if dtype == torch.float32:
         return _Blocks(16, 32, num_warps=4, maxnreg=168)
-    return _Blocks(16 if width == WIDEST else 32, width, num_warps=4, maxnreg=168)
+    rows = 16 if width == WIDEST else 32
+    return _Blocks(rows, width, num_warps=4, maxnreg=168 if rows == 16 else 255)
 
 
 def _constants(

@@ -136,7 +136,7 @@ def score_splits(
     list_stride = splits * CAPACITY
     lists_ptr = candidates_ptr + first_row.to(tl.int64) * list_stride + split * CAPACITY
     bound_ptr = bounds_ptr + first_row.to(tl.int64) * splits + split
-    for index in range(0, live):
+    for index in range(live):
         tl.store(lists_ptr + index * list_stride + slots, tl.full([CAPACITY], EMPTY, tl.int64))
     bound_ptrs = bound_ptr + local_row * splits
     tl.store(bound_ptrs, tl.full([ROWS], float("-inf"), tl.float32), mask=row_inside)
@@ -183,7 +183,7 @@ def score_splits(
         done = start >= end
         if (room < DEPTH // 4) | done:
             tl.debug_barrier()
-            for index in range(0, live):
+            for index in range(live):
                 list_ptr = lists_ptr + index * list_stride
                 key = tl.load(list_ptr + slots)
                 if EXCLUDES:
@@ -208,8 +208,8 @@ def merge_splits(
 ):  # fmt: skip
     """One program: the best k keys of FAN lists of one row, left in the first of them; LAST: sorted and written out.
 
-    Lists are those of splits ``(group FAN + i) step``, k keys each. BEST: k rounded up to a power of two. items, scores:
-    `[B, k]`.
+    Lists are those of splits ``(group FAN + i) step``, k keys each. BEST: k rounded up to a power of two. items and
+    scores are `[B, k]`.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * FAN * step

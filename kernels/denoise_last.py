@@ -56,11 +56,12 @@ def denoise_last(
     guidance_scale: s of ``x0 = uncond + s (cond - uncond)``; other than 1 it needs two branches, the second of which is
     without condition. geodesic: project to the unit sphere after every step and at the end.
 
-    D is 8 to 256, D / heads 8 to 128, S up to 4095. weights, keys_values, pads, offsets, times and coefficients must be
-    contiguous; other inputs are made so. No gradients. A user's result depends on no other user.
+    D is 8 to 256, D / heads 8 to 128, S up to 4095; widths that are no multiple of 16 are right but slow. weights,
+    keys_values, pads, offsets, times and coefficients must be contiguous; other inputs are made so. No gradients.
+    A user's result depends on no other user.
     Users of similar length should stand together: the 16 or 32 of a program wait for the longest. A program reads all
-    weights from the second-level cache in every step, which bounds its time; up to about 2000 users it is the time of
-    one user, so few users are served no faster than many.
+    weights from the second-level cache in every step, whatever its number of users, and that bounds its time: few users
+    take about as long as a program of them on every multiprocessor.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `denoise_last_twin`.
     """
     check_steps(condition, times, coefficients, row_keys, noise)

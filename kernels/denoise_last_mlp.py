@@ -215,10 +215,10 @@ def _denoise_last_mlp(
 
 def block_sizes(width: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """ROWS, HIDDEN, SLICE (see `denoise_last_mlp_kernel`), warps and stages for a ``width`` that is a power of two."""
+    small = width <= 128
     if dtype == torch.float32:
-        part = 64 if width <= 128 else 32
-        return 16, part, min(part, width), 8, 2
-    return 16, 64 if width <= 128 else 32, width, 8, 3
+        return 16, 64 if small else 32, min(32, width), 8, 2
+    return 16, 32, width, 8, 4 if small else 3
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

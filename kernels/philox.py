@@ -45,7 +45,11 @@ def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
     if not 0 < width <= 1 << DIMENSION_BITS:
         raise ValueError(f"width is {width}; allowed: 1 to {1 << DIMENSION_BITS}")
     # Reading the keys of another device would make the host wait for it.
-    if row_keys.device.type == "cpu" and row_keys.numel() and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS:
+    if (
+        row_keys.device.type == "cpu"
+        and row_keys.numel()
+        and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS
+    ):
         raise ValueError(f"row keys span {int(row_keys.min())} to {int(row_keys.max())}; allowed: 0 to 2^39 - 1")
     base = (row_keys << (DRAW_BITS + DIMENSION_BITS)) + (draw << DIMENSION_BITS)
     return base[:, None] + torch.arange(width, device=row_keys.device)

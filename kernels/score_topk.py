@@ -94,7 +94,7 @@ def score_topk_twin(
     exclude_offsets: Tensor | None = None,
     first: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`score_topk` in pure torch, by a stable sort of chunks of at most 2^25 scores, or B k. float64 rows: in float64."""
+    """`score_topk` in pure torch, by a stable sort of chunks of 2^25 scores, or B k, at most; float64 stays."""
     rows, table = rows.detach(), table.detach()
     wide = torch.promote_types(rows.dtype, torch.float32)
     batch, last = rows.shape[0], table.shape[0]
@@ -138,9 +138,9 @@ def _check(
     (batch, width), count = rows.shape, table.shape[0]
     require(1 <= width <= WIDEST, f"rows has width {width}; allowed: 1 to {WIDEST}; score_topk_twin takes any")
     require(table.shape[1] == width, f"table has width {table.shape[1]} and rows has {width}; expected one width")
-    require(count <= MOST_ITEMS, f"table has {count} rows; allowed: up to {MOST_ITEMS}; search its parts and merge them")
+    require(count <= MOST_ITEMS, f"table has {count} rows; allowed: up to {MOST_ITEMS}; merge the best of its parts")
     require(1 <= k <= MOST_RESULTS, f"k is {k}; allowed: 1 to {MOST_RESULTS}; score_topk_twin takes any")
-    require(0 <= first, f"first is {first}; allowed: 0 or more")
+    require(first >= 0, f"first is {first}; allowed: 0 or more")
     require(rows.dtype in ROW_DTYPES, f"rows is {rows.dtype}; allowed: {_names(ROW_DTYPES)}")
     require(table.dtype in TABLE_DTYPES, f"table is {table.dtype}; allowed: {_names(TABLE_DTYPES)}")
     require(table.is_contiguous(), f"table has strides {table.stride()}; expected contiguous rows: table.contiguous()")

@@ -1,4 +1,4 @@
-"""How kernels are held to their twins: where they run, how close they must be, and memory that tells of stray access."""
+"""How kernels are held to their twins: where they run, how close they must be, memory that tells of stray access."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_huge_numbers_of_one_user_stay_there(kernel_device: torch.device) -> Non
     values = arguments(kernel_device, (5, 4, 12, 3), max_length=40)
     expected = prefix_attention(**values)
     start, end = values["offsets"][1:3].tolist()
-    values["qkv"][start:end] = 1e30
+    values["qkv"][start:end] = 1e17
     others = torch.ones(len(expected), dtype=torch.bool)
     others[start:end] = False
     assert torch.equal(prefix_attention(**values)[others], expected[others])

@@ -1,0 +1,244 @@
+"""The best items of the whole catalogue by value: dtypes, ties, special scores, exclusion, splits and compaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adrec.data.jagged import Jagged
+from adrec.engines.cached import CachedEngine
+from kernels import score_topk as module
+from kernels._score_topk_tiles import EMPTY
+from kernels.score_topk import FLOAT8, score_topk, score_topk_twin
+from tests.conftest import make_tiny_model
+from tests.kernels.conftest import guarded
+from tests.kernels.topk_cases import check_close, check_exact, exclusions, margins, problem
+
+PAIRS = [
+    (torch.float32, torch.float32, False),
+    (torch.float16, torch.float16, False),
+    (torch.bfloat16, torch.bfloat16, True),
+    (torch.float32, torch.bfloat16, False),
+    (torch.float16, torch.bfloat16, False),
+    (torch.float32, torch.int8, True),
+    (torch.float16, torch.int8, True),
+    (torch.bfloat16, torch.int8, False),
+    (torch.float32, FLOAT8, True),
+    (torch.float16, FLOAT8, False),
+    (torch.bfloat16, FLOAT8, True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "stored", "scaled"), PAIRS)
+@pytest.mark.parametrize("whole", [True, False])
+def test_every_pair_of_dtypes_by_value(
+    dtype: torch.dtype, stored: torch.dtype, scaled: bool, whole: bool, kernel_device: torch.device
+) -> None:
+    values = problem(kernel_device, width=50, dtype=dtype, stored=stored, scaled=scaled, whole=whole)
+    (check_exact if whole else check_close)(20, values)
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 192, 256])
+def test_every_width_of_a_model(width: int, kernel_device: torch.device) -> None:
+    check_close(7, problem(kernel_device, batch=3, items=70, width=width))
+    check_exact(7, problem(kernel_device, batch=3, items=70, width=width, dtype=torch.bfloat16, whole=True))
+
+
+@given(
+    batch=st.integers(0, 19), items=st.integers(0, 90), width=st.integers(1, 40), k=st.integers(1, 100),
+    first=st.integers(0, 9), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=12, deadline=None)
+def test_any_shape_and_any_exclusion(
+    kernel_device: torch.device, batch: int, items: int, width: int, k: int, first: int, data: st.DataObject
+) -> None:
+    values = problem(kernel_device, batch=batch, items=items, width=width, whole=True, seed=k)
+    ids = st.integers(-1, items + 1)
+    lists = data.draw(st.lists(st.lists(ids, max_size=9), min_size=batch, max_size=batch))
+    twin_lists = [[item for item in one if 0 <= item <= items] for one in lists]
+    with guarded():
+        found = score_topk(k=k, first=first, **values, **exclusions(lists, kernel_device))
+    expected = score_topk_twin(k=k, first=first, **values, **exclusions(twin_lists, kernel_device))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def with_scores(scores: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A single row of ones and zeros and a table that give these scores to items 1, 2, ..."""
+    table = torch.zeros(len(scores) + 1, 16, dtype=dtype)
+    table[1:, 0] = scores.to(dtype)
+    rows = torch.zeros(1, 16, dtype=dtype)
+    rows[0, 0] = 1.0
+    return {"rows": rows.to(device), "table": margins(table.to(device))}
+
+
+@pytest.mark.parametrize("k", [20, 200])
+@pytest.mark.parametrize("order", ["equal", "rising", "falling", "rising then equal", "two values"])
+def test_orders_that_fill_the_lists(order: str, k: int, kernel_device: torch.device) -> None:
+    """Every item passes, or one in two: lists fill and are compacted again and again, and ties go to lower ids."""
+    count = torch.arange(1500.0)
+    scores = {
+        "equal": torch.ones(1500),
+        "rising": count,
+        "falling": -count,
+        "rising then equal": count.clamp(max=700.0),
+        "two values": count % 2,
+    }[order]
+    items, _ = check_exact(k, with_scores(scores, kernel_device))
+    if order == "equal":
+        assert items.tolist() == [list(range(1, k + 1))]
+
+
+def test_nan_and_infinities(kernel_device: torch.device) -> None:
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([nan, 1.0, -inf, inf, -3e38, nan, inf, 0.0, 1e-45])
+    # A float32 product of 0 and inf is NaN, so the other columns of the row hold zeros of the table only.
+    values = with_scores(scores, kernel_device)
+    items, found = check_exact(9, values)
+    assert items.tolist() == [[4, 7, 2, 9, 8, 5, 0, 0, 0]]
+    assert found[0, -3:].tolist() == [-inf] * 3
+    values["rows"] = values["rows"] * nan
+    items, found = check_exact(9, values)
+    assert items.tolist() == [[0] * 9]
+
+
+def test_the_two_zeros_tie(kernel_device: torch.device) -> None:
+    scores = torch.tensor([-1e-30, 0.0, -1e-30, 0.0, 1.0, -1e-30])
+    values = with_scores(scores, kernel_device)
+    # The products of -1e-30 and 1e-30 underflow to -0.0.
+    values["rows"] = values["rows"] * 1e-30
+    items, found = check_exact(6, values)
+    assert items.tolist() == [[5, 1, 2, 3, 4, 6]]
+    assert not bool(found.signbit().any())
+    assert EMPTY.value < 0
+
+
+def test_every_float8(kernel_device: torch.device) -> None:
+    """All 256 bytes: 2 NaN, 2 zeros, and the rest at exactly torch's values, largest first."""
+    numbers = torch.arange(256).to(torch.uint8).view(FLOAT8).to(torch.float32)
+    stored = torch.zeros(257, 16, dtype=torch.uint8)
+    stored[1:, 0] = torch.arange(256).to(torch.uint8)
+    rows = torch.zeros(1, 16)
+    rows[0, 0] = 1.0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        values = {"rows": rows.to(kernel_device, dtype), "table": margins(stored.view(FLOAT8).to(kernel_device))}
+        items, scores = check_exact(256, values)
+        assert scores[0, :254].tolist() == sorted(numbers[~numbers.isnan()].tolist(), reverse=True)
+        assert items[0, -2:].tolist() == [0, 0]
+
+
+def test_exclusion_takes_the_best_items_of_each_row(kernel_device: torch.device) -> None:
+    values = problem(kernel_device, batch=4, items=130, whole=True)
+    everything = torch.argsort(values["rows"].cpu() @ values["table"].cpu().T, descending=True)
+    lists = [everything[0, :60].tolist() * 2, [], list(range(131)), [everything[3, 0].item()]]
+    items, scores = check_exact(30, {**values, **exclusions(lists, kernel_device)})
+    assert not set(items[0].tolist()) & set(lists[0])
+    assert items[2].tolist() == [0] * 30
+    assert bool((scores[2] == -torch.inf).all())
+    assert everything[3, 0] not in items[3].tolist()
+
+
+def test_ids_that_no_item_has_exclude_nothing(kernel_device: torch.device) -> None:
+    """Among them 2^32 + 5, whose low bits are those of item 5."""
+    values = problem(kernel_device, batch=1, items=40, whole=True)
+    plain = check_exact(40, values)
+    found = score_topk(k=40, **values, **exclusions([[-1, 41, 2**32 + 5, 2**62, -(2**62)]], kernel_device))
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+
+
+def test_fewer_items_than_k_and_none_at_all(kernel_device: torch.device) -> None:
+    values = problem(kernel_device, batch=2, items=3, whole=True)
+    items, scores = check_exact(8, values)
+    assert bool((items[:, 3:] == 0).all())
+    assert bool((scores[:, 3:] == -torch.inf).all())
+    for first in (4, 9):
+        items, scores = check_exact(8, {**values, "first": first})
+        assert not bool(items.any())
+    empty = {"rows": values["rows"], "table": values["table"][:0]}
+    assert not bool(check_exact(2, empty)[0].any())
+    items, scores = score_topk(k=8, **{**values, "rows": values["rows"][:0]})
+    assert (items.shape, scores.shape) == ((0, 8), (0, 8))
+
+
+def test_the_padding_row_and_those_below_first_are_never_returned(kernel_device: torch.device) -> None:
+    values = with_scores(-torch.arange(1.0, 41.0), kernel_device)
+    assert check_exact(3, values)[0].tolist() == [[1, 2, 3]]
+    assert check_exact(3, {**values, "first": 0})[0].tolist() == [[0, 1, 2]]
+    assert check_exact(3, {**values, "first": 11})[0].tolist() == [[11, 12, 13]]
+
+
+@pytest.mark.parametrize("k", [3, 40])
+def test_splits_and_levels_of_the_merge_do_not_matter(
+    k: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One split; 7 splits merged at once; 7 merged two by two."""
+    values = problem(kernel_device, batch=3, items=420, width=16)
+    values.update(exclusions([[5, 6], [], list(range(1, 300))], kernel_device))
+    found = []
+    for fewest, merged in [(1024, 4096), (60, 4096), (60, 1)]:
+        monkeypatch.setattr(module, "_FEWEST_SPLIT_ITEMS", fewest)
+        monkeypatch.setattr(module, "_MERGED_KEYS", merged)
+        found.append(check_close(k, values))
+    for items, scores in found[1:]:
+        assert torch.equal(items, found[0][0])
+        assert torch.equal(scores, found[0][1])
+
+
+def test_both_presets(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 64 rows, as of a large catalogue; 66 rows are a whole tile and a part of one."""
+    values = problem(kernel_device, batch=66, items=110, width=16, whole=True)
+    small = check_exact(9, values)
+    monkeypatch.setattr(module, "_LARGE_CATALOGUE", 100)
+    large = check_exact(9, values)
+    assert all(torch.equal(one, other) for one, other in zip(small, large, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [129, 500, 1024])
+def test_long_lists(k: int, kernel_device: torch.device) -> None:
+    check_exact(k, problem(kernel_device, batch=2, items=5000, width=16, whole=True))
+    check_close(k, problem(kernel_device, batch=2, items=5000, width=16))
+
+
+def test_addresses_beyond_31_bits(kernel_device: torch.device) -> None:
+    """The last rows of an int8 table of more than 2^31 elements; its other pages are never touched."""
+    if kernel_device.type != "cpu":
+        pytest.skip("allocates 2 GiB; a GPU test does this natively")
+    count = 2**31 // 256 + 90
+    table = torch.empty(count, 256, dtype=torch.int8)
+    first = count - 70
+    last_rows = problem(kernel_device, batch=2, items=69, width=256, dtype=torch.bfloat16, stored=torch.int8)
+    table[first:] = last_rows["table"]
+    items, scores = score_topk(last_rows["rows"], table, 5, first=first)
+    expected_items, expected = score_topk(last_rows["rows"], last_rows["table"], 5, first=0)
+    assert torch.equal(items, expected_items + first)
+    assert torch.equal(scores, expected)
+
+
+def test_the_twin_is_the_engine_on_a_cpu() -> None:
+    engine = CachedEngine(make_tiny_model())
+    rows = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    lists = [[1, 2, 3], [], [40], [7, 7], [5], list(range(1, 38))]
+    exclude = Jagged.from_lists(lists)
+    expected = engine.top_k(rows, 10, exclude)
+    items, scores = score_topk_twin(rows, engine.model.table, 10, **exclusions(lists, rows.device))
+    assert torch.equal(items, expected.items)
+    assert torch.equal(scores, expected.scores)
+    assert not scores.requires_grad
+
+
+def test_the_twin_in_chunks_and_in_double_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = problem(torch.device("cpu"), batch=3, items=97, whole=True, scaled=True)
+    whole = score_topk_twin(k=6, **values)
+    monkeypatch.setattr(module, "_SCORES_BUDGET", 40)
+    chunks = score_topk_twin(k=6, **values)
+    wide = score_topk_twin(k=6, **{**values, "rows": values["rows"].double()})
+    assert wide[1].dtype == torch.float64
+    for items, scores in (chunks, wide):
+        assert torch.equal(items, whole[0])
+        assert torch.equal(scores.float(), whole[1])
