@@ -13,6 +13,7 @@ EXTRAS = {
     "png": ["matplotlib>=3.8"],
     # Wheels of torch for CUDA bring Triton with them; this is for other builds of torch.
     "triton": [TRITON],
+    "liger": ["liger-kernel>=0.6; platform_system == 'Linux'"],
     "dev": [
         "hypothesis>=6.100",
         "matplotlib>=3.8",

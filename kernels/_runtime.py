@@ -119,7 +119,11 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
         if wrapped is not kernel:
             # Traced: torch's compiler launches kernels without a limit on registers, and takes none.
             options.pop("maxnreg", None)
-        wrapped[tuple(grid)](*arguments, **options)
+            wrapped[tuple(grid)](*arguments, **options)
+            return
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device(next(value.device for value in arguments if isinstance(value, Tensor))):
+            kernel[tuple(grid)](*arguments, **options)
 
 
 def runs_triton(*tensors: Tensor) -> bool:

@@ -44,15 +44,18 @@ def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
         raise ValueError(f"draw is {draw}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
     if not 0 < width <= 1 << DIMENSION_BITS:
         raise ValueError(f"width is {width}; allowed: 1 to {1 << DIMENSION_BITS}")
-    # Reading the keys of another device would make the host wait for it.
-    if (
-        row_keys.device.type == "cpu"
-        and row_keys.numel()
-        and not 0 <= int(row_keys.min()) <= int(row_keys.max()) < ROW_KEYS
-    ):
-        raise ValueError(f"row keys span {int(row_keys.min())} to {int(row_keys.max())}; allowed: 0 to 2^39 - 1")
+    check_row_keys(row_keys)
     base = (row_keys << (DRAW_BITS + DIMENSION_BITS)) + (draw << DIMENSION_BITS)
     return base[:, None] + torch.arange(width, device=row_keys.device)
+
+
+def check_row_keys(row_keys: Tensor) -> None:
+    """Raise ValueError for a row key outside ``[0, 2^39)``; only of keys on a CPU: reading others would stall."""
+    if row_keys.device.type != "cpu" or not row_keys.numel():
+        return
+    least, most = int(row_keys.min()), int(row_keys.max())
+    if not 0 <= least <= most < ROW_KEYS:
+        raise ValueError(f"row keys span {least} to {most}; allowed: 0 to 2^39 - 1")
 
 
 def philox(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,8 @@ class Engine(ABC):
                 raise ValueError(f"noise is {tuple(noise.shape)}; expected {expected}: steps + 1, histories, width")
         if row_keys is not None and row_keys.shape != (len(histories),):
             raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
+        if row_keys is not None:
+            philox.check_row_keys(row_keys)
         if noise is not None:
             source = ExplicitNoise(noise.to(self.device))
         else:

@@ -141,7 +141,7 @@ class CachedEngine(Engine):
     def __init__(self, model: SequenceModel) -> None:
         super().__init__(model)
         self._padding: Padding | None = None
-        self._times: dict[int, Tensor] = {}
+        self._times: dict[int, tuple[DiffusionTable, Tensor]] = {}
 
     def encode(self, histories: Jagged) -> CachedState:
         histories = histories.to(self.device)
@@ -206,10 +206,11 @@ class CachedEngine(Engine):
     def _denoiser(
         self, model: ADRec, state: CachedState, table: DiffusionTable, *, guided_by_nothing: bool
     ) -> Denoiser:
-        if table.steps not in self._times:
+        kept = self._times.get(table.steps)
+        if kept is None or kept[0] is not table:
             embedded = model.time_embedding(table.time.to(self.device))
-            self._times[table.steps] = model.config.lambda_uncertainty * embedded
-        times = self._times[table.steps]
+            kept = self._times[table.steps] = table, model.config.lambda_uncertainty * embedded
+        times = kept[1]
         condition = torch.zeros_like(state.last) if guided_by_nothing else state.last
 
         def denoise(x_t: Tensor, row: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Requests of fixed capacity for the triton engine, replayed as CUDA graphs: no launch overhead, no allocation.
+"""Requests of fixed capacity for the triton engine, replayed as CUDA graphs: one launch from the host a request.
 
 A graph has fixed shapes, so a request is padded: with filler users of one item up to the number of users, and to a
 capacity of packed tokens. Which capacities pay is read from the length distribution (`token_capacities`).
@@ -7,6 +7,7 @@ capacity of packed tokens. Which capacities pay is read from the length distribu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from adrec.data.jagged import Jagged
 from adrec.engines.base import TopK, history_keys
 from adrec.engines.triton import TritonEngine
 from adrec.errors import ConfigError
+from kernels.philox import check_row_keys
 
 _FILLER_ITEM = 1
 _SIMULATED_BATCHES = 1000
@@ -40,12 +42,19 @@ def token_capacities(
     return sorted({*rounded.tolist(), largest})
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one; nothing for another device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class FixedRequest:
-    """Buffers of one capacity and the launches that read them.
+    """Buffers of one capacity and the launches that read them; use each from one stream and thread at a time.
 
     seed: `[1]` int64 on the device; a replay draws by its current value.
     """
 
+    # Not inference mode: its tensors could not be written by a caller outside it, and the seed is for callers.
+    @torch.no_grad()
     def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
         if tokens < users:
             raise ConfigError(f"a capacity of {tokens} tokens for {users} users; allowed: 1 token a user or more")
@@ -54,12 +63,16 @@ class FixedRequest:
         if self.table is not None:
             engine.step_tables(self.table)
         self.seed = torch.zeros(1, dtype=torch.int64, device=engine.device)
-        # One buffer, so that a request is one copy to the device: items, offsets, row keys.
-        self._host = torch.zeros(tokens + 2 * users + 1, dtype=torch.int64, pin_memory=engine.device.type == "cuda")
+        # One buffer, so that a request is one copy to the device: items, offsets, row keys, places of the results.
+        self._host = torch.zeros(tokens + 3 * users + 1, dtype=torch.int64, pin_memory=engine.device.type == "cuda")
         self._buffer = torch.zeros_like(self._host, device=engine.device)
         # The device may still read the host's buffer when the next request is written.
         self._copied = torch.cuda.Event() if engine.device.type == "cuda" else None
         self._write(Jagged.from_lists([]), torch.zeros(0, dtype=torch.int64))
+
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, ...]:
+        """Items `[tokens]`, offsets `[users + 1]`, row keys and places `[users]`."""
+        return buffer.split([self.tokens, self.users + 1, self.users, self.users])
 
     def fits(self, histories: Jagged) -> bool:
         """Whether a batch fits: its users, and its tokens with those of the filler users."""
@@ -79,64 +92,72 @@ class FixedRequest:
                 f"{len(histories)} histories of {histories.values.numel()} items do not fit {self.users} users and"
                 f" {self.tokens} tokens (a filler user takes 1)"
             )
+        if row_keys is not None and row_keys.shape != (len(histories),):
+            raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
         keys = history_keys(histories) if row_keys is None else row_keys.cpu()
-        order = torch.argsort(histories.lengths, stable=True)
+        check_row_keys(keys)
         if seed is not None:
             self.seed.fill_(seed)
-        self._write(histories.select(order), keys[order])
+        self._write(histories, keys)
         found = self._run()
-        place = torch.empty_like(order)
-        place[order] = torch.arange(self.users - len(histories), self.users)
-        place = place.to(self.engine.device)
-        return TopK(found.items[place], found.scores[place])
+        # The next replay overwrites the results.
+        return TopK(found.items[: len(histories)].clone(), found.scores[: len(histories)].clone())
 
     def _write(self, histories: Jagged, keys: Tensor) -> None:
-        """Copy a batch sorted by length behind the filler users, which are the shortest."""
+        """Copy a batch, sorted by length, behind the filler users, which are the shortest."""
         if self._copied is not None:
             self._copied.synchronize()
+        order = torch.argsort(histories.lengths, stable=True)
+        ordered = histories.select(order)
         fillers = self.users - len(histories)
-        items, offsets, row_keys = self._host.split([self.tokens, self.users + 1, self.users])
+        items, offsets, row_keys, places = self._parts(self._host)
         items[:fillers] = _FILLER_ITEM
-        items[fillers : fillers + histories.values.numel()] = histories.values
+        items[fillers : fillers + ordered.values.numel()] = ordered.values
         offsets[:fillers] = torch.arange(fillers)
-        offsets[fillers:] = histories.offsets + fillers
+        offsets[fillers:] = ordered.offsets + fillers
         row_keys[:fillers] = 0
-        row_keys[fillers:] = keys
-        self._buffer.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        row_keys[fillers:] = keys[order]
+        places.zero_()
+        places[order] = torch.arange(fillers, self.users)
+        with _on(self.engine.device):
+            self._buffer.copy_(self._host, non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
 
     def _body(self) -> TopK:
-        items, offsets, row_keys = self._buffer.split([self.tokens, self.users + 1, self.users])
+        items, offsets, row_keys, places = self._parts(self._buffer)
         state = self.engine.encode_sorted(Jagged(items, offsets))
         rows = self.engine.sample_sorted(state, self.table, seed=self.seed, row_keys=row_keys)
-        return self.engine.top_k(rows, self.k)
+        found = self.engine.top_k(rows, self.k)
+        return TopK(found.items[places], found.scores[places])
 
     def _run(self) -> TopK:
         return self._body()
 
 
 class CapturedRequest(FixedRequest):
-    """A `FixedRequest` captured in a CUDA graph when it is made; a call is one copy in and one replay."""
+    """A `FixedRequest` captured in a CUDA graph when it is made: a call is one copy in, one replay, two copies out."""
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
         if engine.device.type != "cuda":
             raise ConfigError(f"CUDA graphs need a CUDA device; the engine's model is on {engine.device}")
         super().__init__(engine, users, tokens, k, steps)
-        # Kernels compile and libraries initialise before the capture, on another stream as capturing demands.
-        stream = torch.cuda.Stream(engine.device)
-        stream.wait_stream(torch.cuda.current_stream(engine.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._body()
-        torch.cuda.current_stream(engine.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._found = self._body()
+        with _on(engine.device):
+            # Kernels compile and libraries initialise before the capture, on another stream as capturing demands.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._body()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._found = self._body()
 
     def _run(self) -> TopK:
-        self._graph.replay()
+        with _on(self.engine.device):
+            self._graph.replay()
         return self._found
 
 
@@ -163,7 +184,10 @@ class CapturedEngine:
         self._captured: dict[tuple[int, int], CapturedRequest] = {}
 
     def recommend(self, histories: Jagged, *, seed: int = 0, row_keys: Tensor | None = None) -> TopK:
-        """Replay the smallest graph that fits; a batch larger than every capacity goes through the engine itself."""
+        """Replay the smallest graph that fits; a batch larger than every capacity goes through the engine itself.
+
+        To draw by a seed that lives on the device use `CapturedRequest`. Items cannot be excluded in a graph.
+        """
         histories = histories.tail(self.engine.model.config.max_length)
         tokens = histories.values.numel()
         for users, room in self.capacities:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adrec.models.adrec import MLPDenoiser
 from adrec.models.layers import CausalTransformer, LayerNorm, PadStates
 from kernels.block_weights import BlockWeights
 
@@ -42,3 +43,14 @@ def pad_rows(states: PadStates, dtype: torch.dtype) -> Tensor:
     """Keys and values of the padding, `[blocks, 2, P, D]`, of a batch in which all users share it."""
     stacked = torch.stack([keys_values[:, 0] for keys_values in states.keys_values])
     return stacked.transpose(2, 3).flatten(3).detach().to(dtype).contiguous()
+
+
+def mlp_weights(mlp: MLPDenoiser, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Up and down matrices, each with its bias, and the norm; see `kernels.denoise_last_mlp`."""
+    return (
+        mlp.up.weight.detach().to(dtype),
+        mlp.up.bias.detach().float(),
+        mlp.down.weight.detach().to(dtype),
+        mlp.down.bias.detach().float(),
+        norm_rows(mlp.norm),
+    )

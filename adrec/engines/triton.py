@@ -1,4 +1,4 @@
-"""The fused engine: a request is three kernel launches (encode, all reverse steps, score and top k).
+"""The fused engine: a request is four kernel launches (encode, all reverse steps, score, merge of the top k).
 
 Same results as `cached` up to rounding in float32; with bfloat16 or float16 weights and keys up to the rounding of
 those. It needs a CUDA device; on CPU tensors it runs only in Triton's interpreter, for tests.
@@ -9,21 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from kernels.denoise_last import denoise_last
-from kernels.denoise_last_mlp import denoise_last_mlp
-from kernels.encode_prefix import encode_prefix
-from kernels.score_topk import score_topk
 from torch import Tensor
 
 from adrec.data.jagged import Jagged
 from adrec.engines.base import Engine, TopK
-from adrec.engines.packing import block_weights, norm_rows, pad_rows
+from adrec.engines.packing import block_weights, mlp_weights, norm_rows, pad_rows
 from adrec.errors import ConfigError
 from adrec.models.adrec import ADRec, MLPDenoiser
 from adrec.models.base import SequenceModel
 from adrec.noise import ExplicitNoise, PhiloxNoise
 from adrec.schedule import DiffusionTable
 from kernels import _runtime
+from kernels._denoise_last_common import NARROWEST, WIDEST
+from kernels.denoise_last import denoise_last
+from kernels.denoise_last_mlp import denoise_last_mlp
+from kernels.encode_prefix import NARROWEST_HEAD, WIDEST_HEAD, encode_prefix
+from kernels.score_topk import MOST_RESULTS, score_topk
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,11 @@ class StepTables:
 
 
 class TritonEngine(Engine):
-    """Three kernel launches a request; weights are packed once, so make a new engine after changing them."""
+    """Four kernel launches a request, and small ones that sort users by length and back.
+
+    Weights are packed once, so make a new engine after changing them. An item whose score is NaN is never returned.
+    Raises ConfigError where no kernel runs, and for widths that the kernels do not have.
+    """
 
     name = "triton"
 
@@ -68,6 +73,7 @@ class TritonEngine(Engine):
                 f"engine '{self.name}' runs on CUDA devices and the model is on {model.table.device}{missing};"
                 " use engine 'cached' here"
             )
+        self._check_widths()
         self.packed_table = model.table.detach().to(self.dtype).contiguous()
         positions = model.position_embedding
         self.positions = None if positions is None else positions.weight.detach().to(self.dtype).contiguous()
@@ -75,13 +81,17 @@ class TritonEngine(Engine):
         self.encoder = block_weights(model.encoder, self.dtype)
         self.encoder_pads: Tensor | None = None
         self.denoiser, self.denoiser_pads, self.start_time = None, None, None
-        self._steps: dict[int, StepTables] = {}
-        self._seeds: dict[int, Tensor] = {}
+        self.mlp: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._steps: dict[int, tuple[DiffusionTable, StepTables]] = {}
+        self._seed = torch.zeros(1, dtype=torch.int64, device=self.device)
         rows = model.pad_rows()
         pads = None if rows is None else model.encoder.pad_states(rows)
         if pads is not None:
             self.encoder_pads = pad_rows(pads, self.dtype)
-        if not isinstance(model, ADRec) or isinstance(model.denoiser, MLPDenoiser):
+        if not isinstance(model, ADRec):
+            return
+        if isinstance(model.denoiser, MLPDenoiser):
+            self.mlp = mlp_weights(model.denoiser, self.dtype)
             return
         self.denoiser = block_weights(model.denoiser, self.dtype)
         start = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -120,7 +130,7 @@ class TritonEngine(Engine):
             start_time=self.start_time,
             mix_weight=config.lambda_uncertainty,
             geodesic=config.geodesic,
-            unconditional=self.branches == 2,
+            unconditional=self.denoiser is not None and self.branches == 2,
         )
         return PackedState(histories.offsets, last, keys_values)
 
@@ -130,7 +140,7 @@ class TritonEngine(Engine):
         if isinstance(noise, ExplicitNoise):
             rows = self.sample_sorted(state, table, noise=noise.values.contiguous())
         else:
-            seed = self._seeds.setdefault(noise.seed, _runtime.seed_tensor(noise.seed, self.device))
+            seed = self._seed.fill_(noise.seed)
             rows = self.sample_sorted(state, table, seed=seed, row_keys=noise.row_keys)
         return torch.empty_like(rows).index_copy_(0, state.order, rows)
 
@@ -153,17 +163,13 @@ class TritonEngine(Engine):
             return state.last
         steps = self.step_tables(table)
         if isinstance(model.denoiser, MLPDenoiser):
-            mlp = model.denoiser
+            assert self.mlp is not None
             return denoise_last_mlp(
                 state.last,
-                mlp.up.weight.to(self.dtype),
-                mlp.up.bias.float(),
-                mlp.down.weight.to(self.dtype),
-                mlp.down.bias.float(),
-                norm_rows(mlp.norm),
+                *self.mlp,
                 steps.times,
                 steps.coefficients,
-                norm_epsilon=mlp.norm.eps,
+                norm_epsilon=model.denoiser.norm.eps,
                 mix_weight=model.config.lambda_uncertainty,
                 seed=seed,
                 row_keys=row_keys,
@@ -193,7 +199,9 @@ class TritonEngine(Engine):
 
     @torch.inference_mode()
     def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
-        """Score and select in one launch and a merge; ties go to the lower id. See `Engine.top_k`."""
+        """Score and merge in two launches up to 1024 results; ties go to the lower id. See `Engine.top_k`."""
+        if k > MOST_RESULTS:
+            return super().top_k(rows, k, exclude)
         self._check_top_k(rows, k, exclude)
         exclude = None if exclude is None else exclude.to(self.device)
         items, scores = score_topk(
@@ -205,14 +213,26 @@ class TritonEngine(Engine):
         )
         return TopK(items, scores)
 
+    @torch.no_grad()
     def step_tables(self, table: DiffusionTable) -> StepTables:
-        """The table's rows on the device, kept from the first request on."""
-        if table.steps not in self._steps:
+        """The table's rows on the device; the last table of each number of steps is kept."""
+        kept = self._steps.get(table.steps)
+        if kept is None or kept[0] is not table:
             assert isinstance(self.model, ADRec)
             columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
             times = self.model.time_embedding(table.time.to(self.device))
-            self._steps[table.steps] = StepTables(times.float().contiguous(), columns.to(self.device))
-        return self._steps[table.steps]
+            kept = table, StepTables(times.float().contiguous(), columns.to(self.device))
+            self._steps[table.steps] = kept
+        return kept[1]
+
+    def _check_widths(self) -> None:
+        config = self.model.config
+        head = config.width // config.heads
+        if not NARROWEST <= config.width <= WIDEST or not NARROWEST_HEAD <= head <= WIDEST_HEAD:
+            raise ConfigError(
+                f"the model has width {config.width} and heads of {head}; engine '{self.name}' allows widths of"
+                f" {NARROWEST} to {WIDEST} and heads of {NARROWEST_HEAD} to {WIDEST_HEAD}; use engine 'cached'"
+            )
 
 
 class TritonBFloat16Engine(TritonEngine):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adrec.data.jagged import Jagged
-from adrec.engines import ENGINES, Engine, make_engine
+from adrec.engines import ENGINES, Engine, exact_engines, make_engine
 from adrec.engines.base import history_keys
 from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel, TokenBatch
@@ -67,7 +67,8 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 def test_every_engine_is_compared_here() -> None:
-    assert sorted(ENGINES) == ["cached", "reference"]
+    # The fused engines are held to `cached` in test_triton_engine.py: the interpreter is slow.
+    assert [name for name in sorted(ENGINES) if not name.startswith("triton")] == ["cached", "reference"]
 
 
 @given(option=options, lengths=histories_lists, seed=st.integers(0, 2**40))
@@ -324,11 +325,11 @@ def test_bad_engine_names_and_steps_say_what_is_allowed(tiny_model: ModelFactory
 def test_training_outputs_at_the_last_position_are_what_the_engine_computes(
     tiny_model: ModelFactory, padding: str, positions: str
 ) -> None:
-    """SASRec has no noise, so the packed training forward must agree with both engines."""
+    """SASRec has no noise, so the packed training forward must agree with every engine."""
     model = tiny_model(model="sasrec", padding=padding, positions=positions)
     histories = histories_of([1, 1, 4, 5, 23, 50])
     batch = TokenBatch(histories.values, histories.values, Layout.from_sorted_lengths(histories.lengths))
     with torch.inference_mode():
         rows = model(batch)[batch.layout.last]
-    for name in ENGINES:
+    for name in exact_engines(torch.device("cpu")):
         close(make_engine(name, model).represent(histories), rows)

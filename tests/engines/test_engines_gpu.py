@@ -31,7 +31,7 @@ def exact_products() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-@pytest.mark.parametrize("engine", ["reference", "cached"])
+@pytest.mark.parametrize("engine", ["reference", "cached", "triton"])
 @pytest.mark.parametrize("padding", ["released", "masked"])
 def test_a_gpu_computes_what_the_cpu_does(tiny_model: ModelFactory, engine: str, padding: str) -> None:
     model = tiny_model(padding=padding, max_length=50, timesteps=32, lambda_uncertainty=1.0)

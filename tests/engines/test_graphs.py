@@ -94,6 +94,30 @@ def test_graphs_need_a_gpu(tiny_model: ModelFactory) -> None:
         CapturedRequest(engine_of(tiny_model), users=1, tokens=4, k=5, steps=1)
 
 
+def test_row_keys_are_checked_and_read(tiny_model: ModelFactory) -> None:
+    engine = engine_of(tiny_model, lambda_uncertainty=1.0)
+    request = FixedRequest(engine, users=3, tokens=12, k=5, steps=2)
+    histories, keys = histories_of([4, 2]), torch.tensor([9, 2**39 - 1])
+    expected = engine.recommend(histories, 5, steps=2, row_keys=keys)
+    assert torch.equal(request(histories, row_keys=keys).items, expected.items)
+    with pytest.raises(ValueError, match=r"row_keys is \(3,\); expected \[2\]"):
+        request(histories, row_keys=torch.arange(3))
+    with pytest.raises(ValueError, match="row keys span 0 to 549755813888"):
+        request(histories, row_keys=torch.tensor([0, 2**39]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that torch can use")
+def test_a_captured_graph_draws_by_the_seed_on_the_device(tiny_model: ModelFactory) -> None:
+    engine = engine_of(tiny_model, lambda_uncertainty=1.0)
+    request = CapturedRequest(engine, users=2, tokens=10, k=5, steps=2)
+    histories = histories_of([3, 4])
+    for seed in (11, 12):
+        request.seed.fill_(seed)
+        found = request(histories, seed=None)
+        torch.testing.assert_close(found.scores, engine.recommend(histories, 5, steps=2, seed=seed).scores)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that torch can use")
 def test_a_replayed_graph_recommends_what_the_engine_does(tiny_model: ModelFactory) -> None:

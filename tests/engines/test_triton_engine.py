@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from adrec.data.jagged import Jagged
 from adrec.engines import exact_engines, make_engine
 from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel
+from adrec.noise import PhiloxNoise
 from adrec.verify import verify_file
 from kernels import _runtime
 
@@ -30,6 +32,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guidance": {"condition_dropout": 0.3, "guidance_scale": 2.0, "lambda_uncertainty": 1.0},
     "geodesic": {"geodesic": True, "lambda_uncertainty": 0.5},
     "mlp": {"denoiser": "mlp", "lambda_uncertainty": 0.5},
+    "mlp with guidance": {
+        "denoiser": "mlp",
+        "condition_dropout": 0.3,
+        "guidance_scale": 2.0,
+        "lambda_uncertainty": 1.0,
+    },
     "three blocks": {"denoiser_blocks": 3, "encoder_blocks": 1},
     "sasrec": {"model": "sasrec", "positions": "learned"},
 }
@@ -72,7 +80,7 @@ def test_explicit_noise_and_row_keys_are_read(tiny_model: ModelFactory) -> None:
     keys = torch.tensor([5, 2**39 - 1, 7, 0, 11, 12])
     found = fused.represent(histories, 3, row_keys=keys)
     torch.testing.assert_close(found, cached.represent(histories, 3, row_keys=keys), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(found, fused.represent(histories, 3, row_keys=keys + 1, seed=0), atol=1e-3)
+    assert not torch.allclose(found, fused.represent(histories, 3, row_keys=keys.flip(0)), atol=1e-3)
 
 
 def test_recommendations_do_not_depend_on_the_batch(tiny_model: ModelFactory) -> None:
@@ -98,6 +106,53 @@ def test_top_k_with_exclusion(tiny_model: ModelFactory) -> None:
             fused.top_k(rows, bad)
     with pytest.raises(ValueError, match="exclude has 1 rows"):
         fused.top_k(rows, 5, exclude=histories_of([2]))
+
+
+def test_more_results_than_the_kernel_keeps(tiny_model: ModelFactory) -> None:
+    model = model_of(tiny_model, items=1200)
+    rows = torch.randn(2, 32, device=DEVICE)
+    expected, found = (make_engine(name, model).top_k(rows, 1100) for name in ("cached", "triton"))
+    assert torch.equal(found.items, expected.items)
+
+
+def test_another_table_of_as_many_steps_is_read(tiny_model: ModelFactory) -> None:
+    model = model_of(tiny_model, lambda_uncertainty=1.0)
+    histories, keys = histories_of(LENGTHS), torch.arange(len(LENGTHS), device=DEVICE)
+    results = []
+    for name in ("cached", "triton"):
+        engine = make_engine(name, model)
+        table = engine.table(3)
+        assert table is not None
+        other = replace(table, from_x0=1.5 * table.from_x0, time=table.time.flip(0))
+        with torch.inference_mode():
+            state = engine.encode(histories)
+            results.append([engine.sample(state, each, PhiloxNoise(0, keys, 32)) for each in (table, other)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert not torch.allclose(results[0][0], results[0][1], atol=1e-3)
+
+
+def test_a_request_is_four_launches(tiny_model: ModelFactory) -> None:
+    engine = make_engine("triton", model_of(tiny_model))
+    engine.recommend(histories_of(LENGTHS), 5, steps=6)
+    with _runtime.record_launches() as launches:
+        engine.recommend(histories_of(LENGTHS), 5, steps=6)
+    names = [getattr(each.kernel, "__name__", None) or each.kernel.fn.__name__ for each in launches]
+    assert names == ["encode_prefix_kernel", "denoise_last_kernel", "score_splits", "merge_splits"]
+
+
+@pytest.mark.parametrize(("width", "heads"), [(288, 4), (16, 4), (512, 2)])
+def test_widths_that_no_kernel_has_are_refused(tiny_model: ModelFactory, width: int, heads: int) -> None:
+    message = rf"width {width} and heads of {width // heads}; engine 'triton' allows widths of 8 to 256 and heads of 8"
+    with pytest.raises(ConfigError, match=message):
+        make_engine("triton", model_of(tiny_model, width=width, heads=heads))
+
+
+@pytest.mark.parametrize("name", ["cached", "triton"])
+def test_row_keys_out_of_range_are_refused(tiny_model: ModelFactory, name: str) -> None:
+    engine = make_engine(name, model_of(tiny_model))
+    with pytest.raises(ValueError, match="row keys span -1 to 3; allowed: 0 to 2"):
+        engine.represent(histories_of([2, 3]), 1, row_keys=torch.tensor([3, -1]))
 
 
 @pytest.mark.parametrize("name", ["triton-bf16", "triton-fp16"])

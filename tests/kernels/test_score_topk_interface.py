@@ -1,4 +1,4 @@
-"""`score_topk` from outside: errors, torch's checks and compiler, sizes of its launches, and what only a GPU can show."""
+"""`score_topk` from outside: errors, torch's checks and compiler, sizes of its launches, what only a GPU can show."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_entries_run_without_values_and_within_the_memory_they_promise(entry: En
             candidates = launches[-1].arguments[0]
             assert candidates.numel() <= max(shape["B"], 16384) * 2048
             assert candidates.shape[0] == shape["B"]
-            assert 2 <= len(launches) <= 5
+            assert 2 <= len(launches) <= 6
             cost = entry.cost(shape, dtype)
             assert cost.flops == 2 * shape["B"] * shape["N"] * shape["D"]
             assert cost.bytes > shape["N"] * shape["D"] * dtype.itemsize
