@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 RUN ?= demo/run
 STEPS ?= 1,2,4,8,16,32
-GPU_RECORDS ?= kernels-bench.jsonl
+GPU_RECORDS ?= bench/records
 
 .PHONY: demo test test-slow lint bench gpu clean
 
@@ -36,12 +36,13 @@ bench: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch can use')"
-	$(BIN)/python -m pytest tests/kernels tests/engines tests/training
+	$(BIN)/python -m pytest tests/kernels tests/engines tests/models tests/training
 	@if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest tests/kernels -m "not slow" -k "not compile and not opcheck"; \
 	else echo "compute-sanitizer is not installed: memory errors were not looked for"; fi
-	$(BIN)/adrec bench kernels --shape paper --out $(GPU_RECORDS)
-	$(BIN)/adrec kernels roofline --shape paper --records $(GPU_RECORDS)
+	$(BIN)/adrec bench kernels --shape paper --out $(GPU_RECORDS)/kernels-gpu.jsonl
+	$(BIN)/adrec kernels roofline --shape paper --records $(GPU_RECORDS)/kernels-gpu.jsonl
+	$(BIN)/adrec bench kernels --engines --out $(GPU_RECORDS)/engines-gpu.jsonl
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

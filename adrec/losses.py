@@ -104,7 +104,7 @@ def cross_entropy_for(rows: Tensor, table: Tensor, choice: str = "auto") -> str:
     """
     if choice not in CROSS_ENTROPIES:
         allowed = ", ".join(CROSS_ENTROPIES)
-        raise ConfigError(f"cross_entropy is '{choice}'; allowed: {allowed}{nearest(choice, CROSS_ENTROPIES)}")
+        raise ConfigError(f"choice is '{choice}'; allowed: {allowed}{nearest(choice, CROSS_ENTROPIES)}")
     if choice == "chunks":
         return "chunks"
     problem = ""
@@ -115,7 +115,7 @@ def cross_entropy_for(rows: Tensor, table: Tensor, choice: str = "auto") -> str:
     elif liger_cross_entropy() is None:
         problem = "Liger-Kernel is not installed: pip install 'adrec[liger]'"
     if problem and choice == "liger":
-        raise ConfigError(f"cross_entropy is 'liger', but {problem}; 'auto' and 'chunks' work here")
+        raise ConfigError(f"choice is 'liger', but {problem}; 'auto' and 'chunks' work here")
     return "chunks" if problem or not len(rows) else "liger"
 
 

@@ -2,10 +2,10 @@
 """The Triton kernel of `kernels.encode_prefix`: from item ids to the denoiser's prefix keys and values in one launch.
 
 A program owns the users whose first token lies in its span of the packed tokens, finds them by searching the offsets,
-and walks through their tokens in chunks of TILE rows. The rows of a chunk stay in registers through every block of the
-encoder and the denoiser; weights stream from L2. A chunk attends to its own keys in registers; keys and values go to
-memory for the denoiser's last token and for later chunks of a history longer than a chunk. No program reads what
-another one wrote.
+and walks through their tokens in chunks of TILE rows. Between stages the rows of a chunk rest in a small scratch that
+only its program reads (held in registers across stages, they spill); weights stream from L2. A chunk attends to its
+own keys in registers; keys and values go to memory for the denoiser's last token and for later chunks of a history
+longer than a chunk. No program reads what another one wrote.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from torch import Tensor
 from kernels import _runtime
 
 MARGIN = 64
+# Inductor opens an operator up and compiles its kernels, which takes a GPU.
+COMPILE_BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
 # Root mean square of the difference over that of the twin. bf16 has 8 bits: half an ulp is 2^-9, one ulp of slack 2^-8.
 RMS_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-8}
 
@@ -71,8 +73,12 @@ def guarded() -> Iterator[None]:
     def like(values: Tensor, **options: Any) -> Tensor:
         return poisoned(values.shape, **{"dtype": values.dtype, "device": values.device, **options})
 
+    def zeros(*size: Any, **options: Any) -> Tensor:
+        return poisoned(*size, **options).zero_()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
+        patch.setattr(torch, "zeros", zeros)
         patch.setattr(torch, "empty_like", like)
         patch.setattr(Tensor, "new_empty", lambda self, *size, **options: like_sized(self, size, options, poisoned))
         yield

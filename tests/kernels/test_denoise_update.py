@@ -18,7 +18,7 @@ from kernels import denoise_update as module
 from kernels import philox
 from kernels._runtime import UnsupportedError, record_launches
 from kernels.denoise_update import ENTRIES, ddim_coefficients, denoise_update, denoise_update_twin
-from tests.kernels.conftest import assert_matches, embedded, guarded
+from tests.kernels.conftest import COMPILE_BACKEND, assert_matches, embedded, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = 7
@@ -257,7 +257,7 @@ def test_it_compiles_without_a_break(kernel_device: torch.device, in_place: bool
         return denoise_update(**{**values, "x_t": x_t}, in_place=in_place) * 2.0
 
     x_t = values["x_t"].clone()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=COMPILE_BACKEND)
     assert torch.equal(compiled(x_t), expected)
     assert torch.equal(x_t * 2.0, expected) == in_place
 

@@ -15,7 +15,7 @@ from kernels._encode_prefix_op import block_sizes, encode_prefix_op
 from kernels._runtime import UnsupportedError, record_launches
 from kernels.block_weights import BlockWeights
 from kernels.encode_prefix import encode_prefix, encode_prefix_twin
-from tests.kernels.conftest import RMS_RATIO, assert_matches, embedded, guarded
+from tests.kernels.conftest import COMPILE_BACKEND, RMS_RATIO, assert_matches, embedded, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ITEMS = 29
@@ -271,7 +271,7 @@ def test_the_operator_is_registered_well(kernel_device: torch.device, option: st
 def test_it_compiles_without_graph_breaks(kernel_device: torch.device) -> None:
     given = arguments([2, 3], kernel_device, width=8, heads=1, blocks=1)
     compiled = torch.compile(
-        lambda items: encode_prefix(**{**given, "items": items}), fullgraph=True, backend="aot_eager"
+        lambda items: encode_prefix(**{**given, "items": items}), fullgraph=True, backend=COMPILE_BACKEND
     )
     check(given, compiled(given["items"]))
 

@@ -15,7 +15,7 @@ from torch.library import opcheck
 from kernels import token_noise as module
 from kernels._token_noise_gradients import draw_token_steps, table_gradient, time_gradient
 from kernels.token_noise import token_noise, token_noise_gradients, token_noise_gradients_twin, token_noise_twin
-from tests.kernels.conftest import assert_matches, embedded, guarded
+from tests.kernels.conftest import COMPILE_BACKEND, assert_matches, embedded, guarded
 from tests.kernels.test_token_noise import DTYPES, TIMESTEPS, arguments, in_float32
 
 LEARNED = ("table", "condition", "time_table")
@@ -291,7 +291,7 @@ def test_it_compiles_without_a_break(kernel_device: torch.device) -> None:
         assert result.x_t is not None
         return F.softplus(result.z).sum() + result.x_t.square().sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=COMPILE_BACKEND)
     found = torch.autograd.grad(compiled(leaves), list(leaves.values()))
     expected = torch.autograd.grad(loss(leaves), list(leaves.values()))
     for actual, twin in zip(found, expected, strict=True):
