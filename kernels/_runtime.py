@@ -178,3 +178,13 @@ def require(condition: bool, message: str) -> None:
     """Raise UnsupportedError with the message unless the condition holds."""
     if not condition:
         raise UnsupportedError(message)
+
+
+def require_offsets(name: str, offsets: Tensor, count: int) -> None:
+    """Raise UnsupportedError unless offsets rise from 0 to ``count``; on a CPU only: reading others would stall."""
+    if offsets.device.type != "cpu" or recording() or not offsets.numel() or torch.compiler.is_compiling():
+        return
+    steps = offsets[1:] - offsets[:-1]
+    fits = int(offsets[0]) == 0 and int(offsets[-1]) == count and (not steps.numel() or int(steps.min()) >= 0)
+    found = f"{name} is {offsets[:8].tolist()}{'...' if offsets.numel() > 8 else ''}"
+    require(fits, f"{found}; expected to rise from 0 to {count}, the values that they divide")

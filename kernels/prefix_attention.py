@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels._prefix_attention_forward import DRAW_LEVELS, TOKEN_QUADS
 from kernels._prefix_attention_op import attention, attention_gradients
 from kernels._prefix_attention_twin import attend, dropout_count, dropout_factors, token_users
-from kernels._runtime import require, runs_triton, seed_tensor
+from kernels._runtime import require, require_offsets, runs_triton, seed_tensor
 from kernels.block_weights import pad_weights
 from kernels.inventory import Cost, Entry, Shape
 
@@ -131,6 +131,7 @@ def _check(
         offsets.dim() == 1 and len(offsets) > 0 and offsets.dtype == torch.int64 and offsets.is_contiguous(),
         f"offsets is {offsets.dtype} {tuple(offsets.shape)}; expected contiguous int64 [B + 1]",
     )
+    require_offsets("offsets", offsets, shape[0])
     require(
         users is None or (users.shape == shape[:1] and users.dtype == torch.int64 and users.is_contiguous()),
         "users must be contiguous int64 [M], as token_users makes it; leave it out",
@@ -151,7 +152,7 @@ def _check(
     require(pads.dtype == qkv.dtype, f"pads is {pads.dtype} and qkv {qkv.dtype}; cast one of them")
     count = pads.shape[3]
     require(count < 4 * TOKEN_QUADS, f"{count} pad rows; allowed: less than {4 * TOKEN_QUADS}")
-    require((max_length is None) != (pad_bias is None), "pads need max_length or pad_bias, not both")
+    require((max_length is None) != (pad_bias is None), "pads need one of max_length and pad_bias")
     if pad_bias is not None:
         require(
             pad_bias.shape == (batch, count) and pad_bias.is_floating_point(),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._runtime import cdiv, kernel_op, launch, next_power_of_2, require, runs_triton
+from kernels._runtime import cdiv, kernel_op, launch, next_power_of_2, require, require_offsets, runs_triton
 from kernels._score_topk_tiles import merge_splits, score_splits
 from kernels.inventory import Cost, Entry, Shape
 
@@ -156,6 +156,7 @@ def _check(
     found = f"exclude_offsets is {exclude_offsets.dtype} of shape {list(exclude_offsets.shape)}"
     fits = exclude_offsets.dtype == torch.int64 and exclude_offsets.shape == (batch + 1,)
     require(fits, f"{found}; expected int64 [{batch + 1}], one more than rows")
+    require_offsets("exclude_offsets", exclude_offsets, exclude_items.numel())
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -61,9 +61,10 @@ def bench_kernels(
     if not 0 < seconds_per_path < math.inf:
         raise ConfigError(f"--seconds-per-path {seconds_per_path}: must be above 0 and finite, such as 1")
     check_output(out, "--out", make_folder=True)
+    # Names before the device: a slip of the pen should not wait for a GPU.
+    cases: list[Case] = [] if engines else choose_cases(kernel, shape, dtype)
     where = check_bench_device(device, engines=engines)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    cases: list[Case] = [] if engines else choose_cases(kernel, shape, dtype)
     sweep = _engine_sweep(paths, batch_sizes, steps, items, width) if engines else None
     with SweepProgress(console, quiet=quiet) as progress:
         if where.type == "cpu":
@@ -79,7 +80,8 @@ def bench_kernels(
     failed = [row for row in found if row.error is not None]
     for row in failed:
         console.print(f"failed: {row_name(row)}, {row.path}: {row.error}", markup=False)
-    console.print(f"{len(found)} rows in {out}", markup=False)
+    kept = out if append or len(failed) < len(found) or not found else out.with_name(f"{out.name}.partial")
+    console.print(f"{len(found)} rows in {kept if kept.exists() else out}", markup=False)
     if failed:
         raise typer.Exit(1)
 
@@ -115,7 +117,8 @@ def write_rows(rows: Iterator[KernelsRecord], out: Path, *, append: bool) -> lis
 
     out.parent.mkdir(parents=True, exist_ok=True)
     target = out if append else out.with_name(f"{out.name}.partial")
-    if append and out.exists():
+    if out.exists():
+        # What is no file of such records is neither added to nor replaced.
         read_kernel_records([out])
     if not append:
         target.unlink(missing_ok=True)
@@ -123,7 +126,8 @@ def write_rows(rows: Iterator[KernelsRecord], out: Path, *, append: bool) -> lis
     for row in rows:
         append_record(target, row)
         found.append(row)
-    if not append:
+    # Failures alone do not replace what an earlier run measured.
+    if not append and (not out.exists() or any(row.error is None for row in found)):
         target.touch()
         target.replace(out)
     return found

@@ -235,8 +235,8 @@ def test_it_compiles_whole(kernel_device: torch.device) -> None:
         ({"pads": torch.zeros(2, 1, 2, 0, 8)}, r"expected \[2, 1 or 9, 2, P, 8\]"),
         ({"pads": torch.zeros(2, 1, 2, 1, 8).half()}, "pads is torch.float16 and qkv torch.float32"),
         ({"pads": torch.zeros(2, 1, 2, 5, 8)}, "5 pad rows for max_length 18; allowed: 1, or max_length"),
-        ({"max_length": None}, "pads need max_length or pad_bias, not both"),
-        ({"pad_bias": torch.zeros(9, 1)}, "pads need max_length or pad_bias, not both"),
+        ({"max_length": None}, "pads need one of max_length and pad_bias"),
+        ({"pad_bias": torch.zeros(9, 1)}, "pads need one of max_length and pad_bias"),
         ({"max_length": None, "pad_bias": torch.zeros(1, 9)}, r"expected floating point \[9, 1\]"),
         ({"seed": torch.zeros(2, dtype=torch.int64), "dropout": 0.5}, "expected 1 int64"),
     ],
@@ -273,3 +273,9 @@ def test_entries_record_without_a_device_and_match_their_twins(kernel_device: to
         pairs = [(found, expected)] if isinstance(found, Tensor) else zip(found, expected, strict=True)
         for actual, wanted in pairs:
             assert_matches(actual, wanted)
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 9], [0, 4, 2, 6], [0, 2, 4], [1, 6], [0]])
+def test_offsets_that_do_not_divide_the_tokens_are_refused(offsets: list[int]) -> None:
+    with pytest.raises(UnsupportedError, match=r"offsets is \[.*\]; expected to rise from 0 to 6"):
+        prefix_attention(torch.randn(6, 3, 2, 8), torch.tensor(offsets))

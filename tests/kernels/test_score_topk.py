@@ -76,18 +76,23 @@ def with_scores(scores: Tensor, device: torch.device, dtype: torch.dtype = torch
     return {"rows": rows.to(device), "table": margins(table.to(device))}
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("k", [20, 200])
-@pytest.mark.parametrize("order", ["equal", "rising", "falling", "rising then equal", "two values", "shuffled"])
+@pytest.mark.parametrize(
+    "order", ["equal", "rising", "falling", "rising then equal", "two values", "shuffled", "one lane"]
+)
 def test_orders_that_fill_the_lists(order: str, k: int, kernel_device: torch.device) -> None:
     """Every item passes, or one in two: lists fill and are compacted again and again, and ties go to lower ids."""
-    count = torch.arange(1500.0)
+    count = torch.arange(1000.0)
     scores = {
-        "equal": torch.ones(1500),
+        "equal": torch.ones(1000),
         "rising": count,
         "falling": -count,
         "rising then equal": count.clamp(max=700.0),
         "two values": count % 2,
-        "shuffled": torch.randperm(1500, generator=torch.Generator().manual_seed(0)).float(),
+        # One item of 32 has a score: a lane is full before a row has k items, which bounds nothing yet.
+        "one lane": torch.where(count % 32 == 5, -count, -torch.inf),
+        "shuffled": torch.randperm(1000, generator=torch.Generator().manual_seed(0)).float(),
     }[order]
     items, _ = check_exact(k, with_scores(scores, kernel_device))
     if order == "equal":

@@ -209,3 +209,12 @@ def test_natively_beyond_31_bits_and_in_bounded_memory() -> None:
     expected_items, expected = score_topk_twin(rows, table, 20)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-2)
     assert float((items == expected_items).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("offsets", [[0, 4], [1, 3], [0, 5], [3, 3]])
+def test_lists_that_their_offsets_do_not_divide_are_refused(offsets: list[int]) -> None:
+    with pytest.raises(UnsupportedError, match=r"exclude_offsets is \[.*\]; expected to rise from 0 to 3"):
+        score_topk(
+            torch.randn(1, 8), torch.randn(11, 8), 4,
+            exclude_items=torch.tensor([5, 4, 8]), exclude_offsets=torch.tensor(offsets),
+        )  # fmt: skip
