@@ -20,7 +20,7 @@ ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FLOAT8 = torch.float8_e4m3fn
 TABLE_DTYPES = (*ROW_DTYPES, FLOAT8, torch.int8)
 MOST_RESULTS = 1024
-WIDEST = 512
+WIDEST = 256
 MOST_ITEMS = 1 << 30
 # Scores that the twin holds at a time.
 _SCORES_BUDGET = 2**25
@@ -51,7 +51,7 @@ def score_topk(
     rows: `[B, D]` float32, float16 or bfloat16. table: `[N + 1, D]` float32, float16, bfloat16, float8_e4m3fn or int8,
     contiguous. scale: `[N + 1]` float32, multiplies the scores of each table row. exclude_items, exclude_offsets: `[X]`
     and `[B + 1]` int64, items never returned to each row, in any order. first: table rows below it are never returned.
-    k: 1 to 1024. D: 1 to 512. N: below 2^30.
+    k: 1 to 1024. D: 1 to 256. N: below 2^30.
 
     Exact: every product is taken of the stored numbers and summed in float32. Rows and a table of one half-precision
     dtype, and half-precision rows with an int8 or float8 table, use tensor cores; any other pair is lifted to float32.

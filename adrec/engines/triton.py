@@ -51,7 +51,7 @@ class StepTables:
 
 
 class TritonEngine(Engine):
-    """Four kernel launches a request, and small ones that sort users by length and back.
+    """Four kernel launches a request (five at 10 million items), and small ones that sort users by length and back.
 
     Weights are packed once, so make a new engine after changing them. An item whose score is NaN is never returned.
     Raises ConfigError where no kernel runs, and for widths that the kernels do not have.
@@ -199,7 +199,10 @@ class TritonEngine(Engine):
 
     @torch.inference_mode()
     def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
-        """Score and merge in two launches up to 1024 results; ties go to the lower id. See `Engine.top_k`."""
+        """Score and merge: two launches, more for many splits of a large catalogue; ties go to the lower id.
+
+        Above 1024 results as `Engine.top_k`, which see for the arguments.
+        """
         if k > MOST_RESULTS:
             return super().top_k(rows, k, exclude)
         self._check_top_k(rows, k, exclude)

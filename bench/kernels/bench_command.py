@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bench.kernels.records import KernelsRecord
     from bench.kernels.selection import Case
 
+HEADS = 4
 MOST_ITEMS, MOST_USERS, MOST_STEPS = 2**31, 2**20, 4095
 
 
@@ -180,9 +181,12 @@ def _engine_sweep(
     paths: str | None, batch_sizes: str, steps: str, items: str, width: int
 ) -> Callable[..., Iterator[KernelsRecord]]:
     from adrec.commands.options import integers
+    from adrec.errors import ConfigError
     from bench.kernels.engine_paths import PATHS, check_paths
     from bench.kernels.engine_sweep import Axes, EngineSweep
 
+    if width % HEADS:
+        raise ConfigError(f"--width {width}: allowed are multiples of {HEADS}, the heads of the random model")
     axes = Axes(
         paths=PATHS if paths is None else tuple(check_paths(paths)),
         batch_sizes=tuple(integers(batch_sizes, "--batch-sizes", 1, MOST_USERS)),

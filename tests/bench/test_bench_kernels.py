@@ -303,3 +303,28 @@ def test_every_path_of_the_engines_runs_on_a_gpu(tmp_path: Path) -> None:
         assert isinstance(row, EngineRecord)
         # Sixteen-bit weights may swap items of nearly equal score.
         assert (row.top20_overlap_fraction or 0.0) > (0.8 if "16" in row.precision else 0.98)
+
+
+def test_a_failed_run_keeps_the_records_of_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "engines.jsonl"
+    assert invoke(*SMOKE, "--paths", "cached", "--batch-sizes", "1", "--out", str(out)).exit_code == 0
+    before = out.read_bytes()
+    monkeypatch.setattr(_runtime, "INTERPRETED", False)
+    done = invoke(*SMOKE, "--paths", "triton", "--batch-sizes", "1", "--out", str(out))
+    assert done.exit_code == 1
+    assert out.read_bytes() == before
+    assert len(read_kernel_records([out.with_name("engines.jsonl.partial")])) == 1
+
+
+def test_no_other_file_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "notes.txt"
+    out.write_text("mine\n", encoding="utf-8")
+    done = invoke(*SMOKE, "--paths", "cached", "--batch-sizes", "1", "--out", str(out))
+    assert isinstance(done.exception, DataError)
+    assert out.read_text(encoding="utf-8") == "mine\n"
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused(tmp_path: Path) -> None:
+    done = invoke(*SMOKE, "--width", "33", "--out", str(tmp_path / "rows.jsonl"))
+    assert isinstance(done.exception, ConfigError)
+    assert "--width 33: allowed are multiples of 4" in str(done.exception)
