@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,14 +10,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels import _runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Added to a command of README so that it ends within seconds; what it says stays as it is.
 SHORTER = {
     "train": ["--epochs", "2", "--no-progress", "--set", "model.width=16", "--set", "train.main.validate_every=1"],
+    "kernels compile": ["--kernel", "denoise_update", "--target", "sm_90", "--shape", "paper"],
     "bench tradeoff": ["--seconds-per-cell", "0.01", "--users", "40", "--quiet"],
 }
+NEEDS_GPU = "bench kernels"
 LONG = pytest.mark.slow
 
 
@@ -29,12 +35,14 @@ def commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("adrec ")]
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], folder: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from adrec.cli import main; main()"]
+    # As a reader's shell has it: the interpreter is the tests' choice.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [*program, *arguments], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        [*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert result.returncode == 0, f"adrec {' '.join(arguments)}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == status, f"adrec {' '.join(arguments)}\n{result.stdout}\n{result.stderr}"
     return result
 
 
@@ -57,7 +65,11 @@ def test_commands_run_in_order(tmp_path: Path) -> None:
         for name, extra in SHORTER.items():
             if " ".join(arguments).startswith(name):
                 arguments = [*arguments, *extra]
-        run(arguments, tmp_path)
+        if " ".join(arguments).startswith(NEEDS_GPU):
+            if not torch.cuda.is_available():
+                assert "torch finds none here" in run(arguments, tmp_path, status=2).stderr.replace("\n", " ")
+        elif arguments[0] != "kernels" or _runtime.AVAILABLE:
+            run(arguments, tmp_path)
     assert (tmp_path / "recommendations.parquet").stat().st_size > 0
     assert list((tmp_path / "runs/mine/bench").glob("*.html"))
     for block in blocks("python"):
