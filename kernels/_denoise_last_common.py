@@ -13,6 +13,7 @@ from kernels._runtime import require
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NARROWEST, WIDEST = 8, 256
+NARROWEST_HEAD, WIDEST_HEAD = 8, 128
 MOST_STEPS = (1 << philox.DRAW_BITS) - 1
 Requirement = tuple[str, Tensor | None, Sequence[int], Sequence[torch.dtype]]
 

@@ -19,10 +19,9 @@ from kernels._prefix_attention_forward import (
     keep_tokens,
     load_tile,
     pad_weight,
-    stored,
 )
 from kernels._runtime import constant, jit, tl
-from kernels._tile_ops import dot
+from kernels._tile_ops import dot, to_storage
 
 _SHARED = constant(SHARED_PADS)
 _BY_ROW = constant(PADS_BY_ROW)
@@ -115,7 +114,7 @@ def prefix_attention_backward_kernel(
                 towards = products(gradient, value, own_gradient, pad_rows + pad_half, real, there, HEAD, CHUNK)
                 kept = keep_pads(seed, counters, first, dropped, ROWS) if DROPOUT else visible
                 _, slope = score_gradients(scores, towards, log_sum, delta, visible, kept, keep_scale, DROPOUT)
-                query_gradient = dot(stored(slope, key.dtype), key, query_gradient)
+                query_gradient = dot(to_storage(slope, key.dtype), key, query_gradient)
         if PAD_MODE == _BY_ROW:
             pad_rows = pads_ptr + ((user * OWN)[:, None] * heads + head) * PADS * HEAD
             for pad in range(PADS):
@@ -148,8 +147,8 @@ def prefix_attention_backward_kernel(
             towards = products(gradient, value, own_gradient, value_rows, real, there, HEAD, CHUNK)
             kept = keep_tokens(seed, counters, rows, first, dropped, ROWS) if DROPOUT else visible
             _, slope = score_gradients(scores, towards, log_sum, delta, visible, kept, keep_scale, DROPOUT)
-            query_gradient = dot(stored(slope, key.dtype), key, query_gradient)
-        tl.store(place, stored(query_gradient * scale, element), mask=present)
+            query_gradient = dot(to_storage(slope, key.dtype), key, query_gradient)
+        tl.store(place, to_storage(query_gradient * scale, element), mask=present)
     else:
         # As keys and values: the rows from these tokens on, up to the end of the last one's user.
         end = tl.load(offsets_ptr + user + 1, mask=real, other=0)
@@ -178,10 +177,10 @@ def prefix_attention_backward_kernel(
             if DROPOUT:
                 kept = keep_tokens(seed, (ahead * heads + head) << _QUAD_BITS, ahead, first_row, dropped, ROWS)
             mixed, slope = score_gradients(scores, towards, log_sum, delta, visible, kept, keep_scale, DROPOUT)
-            key_gradient = dot(tl.trans(stored(slope, query.dtype)), query, key_gradient)
-            value_gradient = dot(tl.trans(stored(mixed, gradient.dtype)), gradient, value_gradient)
-        tl.store(place + output_stride, stored(key_gradient * scale, element), mask=present)
-        tl.store(place + 2 * output_stride, stored(value_gradient, element), mask=present)
+            key_gradient = dot(tl.trans(to_storage(slope, query.dtype)), query, key_gradient)
+            value_gradient = dot(tl.trans(to_storage(mixed, gradient.dtype)), gradient, value_gradient)
+        tl.store(place + output_stride, to_storage(key_gradient * scale, element), mask=present)
+        tl.store(place + 2 * output_stride, to_storage(value_gradient, element), mask=present)
 
 
 @jit
@@ -234,8 +233,8 @@ def prefix_attention_pads_kernel(
         if DROPOUT:
             kept = keep_pads(seed, (rows * heads + head) << _QUAD_BITS, first_pad, dropped, ROWS)
         mixed, slope = score_gradients(scores, towards, log_sum, delta, visible, kept, keep_scale, DROPOUT)
-        key_gradient = dot(tl.trans(stored(slope, query.dtype)), query, key_gradient)
-        value_gradient = dot(tl.trans(stored(mixed, gradient.dtype)), gradient, value_gradient)
+        key_gradient = dot(tl.trans(to_storage(slope, query.dtype)), query, key_gradient)
+        value_gradient = dot(tl.trans(to_storage(mixed, gradient.dtype)), gradient, value_gradient)
     columns = tl.arange(0, WIDTH)
     present = there[:, None] & (columns < HEAD)[None, :]
     sums = partial_ptr + ((part * heads + head) * PADS + pad[:, None]) * HEAD + columns[None, :]

@@ -11,8 +11,8 @@ What the forward and backward kernels share is here too: the weight of padding, 
 
 from __future__ import annotations
 
-from kernels._runtime import LIFT_DOTS, constant, jit, tl
-from kernels._tile_ops import dot
+from kernels._runtime import constant, jit, tl
+from kernels._tile_ops import dot, to_storage
 
 # How padding is read: not at all; one program reads tiles of the pads that all users share; or row by row, since there
 # is one pad, or since each user has its own.
@@ -29,15 +29,6 @@ TOKEN_QUADS = 1 << 15
 DRAW_LEVELS = 1 << 16
 _QUAD_BITS = constant(QUAD_BITS)
 _TOKEN_QUADS = constant(TOKEN_QUADS)
-
-
-@jit
-def stored(values, dtype: tl.constexpr):
-    """float32 values rounded to the nearest of a storage dtype; Triton's interpreter would cut bf16 off instead."""
-    if LIFT_DOTS and dtype == tl.bfloat16:
-        bits = values.to(tl.int32, bitcast=True)
-        values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return values.to(dtype)
 
 
 @jit
@@ -100,7 +91,7 @@ def accumulate(scores, value, kept, keep_scale, maximum, total, mixed, DROPOUT: 
     if DROPOUT:
         # The sum of the softmax is taken before dropout.
         weights = tl.where(kept, weights * keep_scale, 0.0)
-    return higher, total, dot(stored(weights, value.dtype), value, mixed * shrink[:, None])
+    return higher, total, dot(to_storage(weights, value.dtype), value, mixed * shrink[:, None])
 
 
 @jit
@@ -170,6 +161,6 @@ def prefix_attention_kernel(
 
     columns = tl.arange(0, WIDTH)
     place = output_ptr + (rows[:, None] * heads + head) * HEAD + columns[None, :]
-    mixed = stored(mixed / total[:, None], output_ptr.dtype.element_ty)
+    mixed = to_storage(mixed / total[:, None], output_ptr.dtype.element_ty)
     tl.store(place, mixed, mask=real[:, None] & (columns < HEAD)[None, :])
     tl.store(log_sum_ptr + head.to(tl.int64) * tokens + rows, maximum + tl.log2(total), mask=real)

@@ -14,13 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._denoise_last_common import DTYPES, check_contiguous, check_steps, check_tensors, reverse_steps
+from kernels._denoise_last_common import (
+    DTYPES,
+    NARROWEST_HEAD,
+    WIDEST_HEAD,
+    check_contiguous,
+    check_steps,
+    check_tensors,
+    reverse_steps,
+)
 from kernels._denoise_last_op import denoise_last_op
 from kernels._runtime import require, runs_triton, seed_tensor
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
-
-NARROWEST_HEAD, WIDEST_HEAD = 8, 128
 
 
 def denoise_last(

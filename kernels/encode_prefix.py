@@ -14,13 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._denoise_last_common import DTYPES, NARROWEST, WIDEST, check_contiguous, check_tensors
+from kernels._denoise_last_common import (
+    DTYPES,
+    NARROWEST,
+    NARROWEST_HEAD,
+    WIDEST,
+    WIDEST_HEAD,
+    check_contiguous,
+    check_tensors,
+)
 from kernels._encode_prefix_op import encode_prefix_op
 from kernels._runtime import require, runs_triton
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
-
-NARROWEST_HEAD, WIDEST_HEAD = 8, 128
 
 
 def encode_prefix(

@@ -20,10 +20,10 @@ from adrec.models.base import SequenceModel
 from adrec.noise import ExplicitNoise, PhiloxNoise
 from adrec.schedule import DiffusionTable
 from kernels import _runtime
-from kernels._denoise_last_common import NARROWEST, WIDEST
+from kernels._denoise_last_common import NARROWEST, NARROWEST_HEAD, WIDEST, WIDEST_HEAD
 from kernels.denoise_last import denoise_last
 from kernels.denoise_last_mlp import denoise_last_mlp
-from kernels.encode_prefix import NARROWEST_HEAD, WIDEST_HEAD, encode_prefix
+from kernels.encode_prefix import encode_prefix
 from kernels.score_topk import MOST_RESULTS, score_topk
 
 

@@ -25,7 +25,10 @@ def kernel_device() -> torch.device:
     """Where kernels run: the GPU, or CPU tensors in Triton's interpreter; skips where Triton is not installed."""
     if not _runtime.AVAILABLE:
         pytest.skip("Triton is not installed")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Otherwise public functions would run their twins, and every comparison hold a twin to itself.
+    assert _runtime.runs_triton(torch.empty(0, device=device)), "without a GPU set TRITON_INTERPRET=1"
+    return device
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
