@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adrec.data.dataset import Examples
 from adrec.engines import Engine
-from adrec.evaluation import Evaluation, evaluate, top_overlap
+from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from bench.record import Accuracy, Estimate
 
 RESULTS = 20
@@ -61,7 +61,7 @@ class AccuracyBook:
             metrics_percent=estimates(measured),
             users=measured.users,
             measured_with=self.engine.name,
-            ndcg20_kept_percent=kept_percent(measured.ranks, best.ranks) if exact is self else None,
+            ndcg20_kept_percent=_kept(measured, best) if exact is self else None,
             top20_overlap_fraction=overlap,
             top20_overlap_against=exact.exact_name(seed),
             engine_agreement_fraction=agreement,
@@ -86,27 +86,6 @@ def estimates(evaluation: Evaluation) -> dict[str, Estimate]:
     }
 
 
-def ndcg_gains(ranks: Tensor, cutoff: int = RESULTS) -> Tensor:
-    """Return ``1 / log2(rank + 2)`` below the cutoff, else 0; ranks `[n]` int64 from 0 -> float64."""
-    gains = 1.0 / torch.log2(ranks.to(torch.float64) + 2.0)
-    return torch.where(ranks < cutoff, gains, torch.zeros_like(gains))
-
-
-def kept_percent(ranks: Tensor, exact_ranks: Tensor, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate | None:
-    """Return NDCG@20 in percent of the exact NDCG@20, with a paired bootstrap 95 % interval over users.
-
-    Both are `[n]` int64 ranks from 0 of the same users. `None` when the exact NDCG@20 is zero, and so no
-    ratio exists.
-    """
-    here, exact = ndcg_gains(ranks).cpu().numpy(), ndcg_gains(exact_ranks).cpu().numpy()
-    if exact.sum() == 0.0:
-        return None
-    generator = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(resamples):
-        picks = generator.integers(0, len(here), len(here))
-        below = exact[picks].sum()
-        if below > 0.0:
-            ratios.append(100.0 * here[picks].sum() / below)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return Estimate(value=100.0 * float(here.sum() / exact.sum()), low=float(low), high=float(high))
+def _kept(measured: Evaluation, exact: Evaluation) -> Estimate | None:
+    kept = kept_percent(measured.ranks, exact.ranks, resamples=RESAMPLES)
+    return None if kept is None else Estimate(value=kept.value, low=kept.low, high=kept.high)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adrec.evaluation import point_metrics
-from bench.accuracy import kept_percent, ndcg_gains
-from bench.memory import peak_memory_mib
+from adrec.evaluation import kept_percent, ndcg_gains, point_metrics
 
 
 def test_gains_are_those_of_the_evaluation() -> None:
@@ -34,15 +32,3 @@ def test_kept_share_by_value() -> None:
 
 def test_no_exact_accuracy_no_share() -> None:
     assert kept_percent(torch.tensor([0]), torch.tensor([99])) is None
-
-
-def test_peak_memory_sees_what_a_call_holds_for_a_moment() -> None:
-    def call() -> None:
-        torch.ones(64 * 2**20, dtype=torch.int8)
-
-    mebibytes, meaning = peak_memory_mib(call, torch.device("cpu"))
-    if mebibytes is None:
-        assert "not measured" in meaning
-    else:
-        assert 60.0 < mebibytes < 200.0
-        assert "resident set" in meaning
