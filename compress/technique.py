@@ -69,7 +69,7 @@ class Change(StrictModel):
     what: str
     before: str
     after: str
-    detail: dict[str, float | int | str] = {}
+    detail: dict[str, float | int | str] = Field(default_factory=dict)
 
 
 class Skip(StrictModel):
