@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 DISTRIBUTIONS = (
     *("adrec", "torch", "triton", "lightning", "numpy", "polars", "pyarrow"),
-    *("onnx", "onnxruntime", "tensorrt"),
+    *("liger-kernel", "onnx", "onnxruntime", "tensorrt"),
 )
 
 

@@ -163,15 +163,49 @@ def kernel_op(name: str, fake: Callable[..., Any], *, mutates_args: Sequence[str
     return decorate
 
 
+def check_seed(seed: Any, device: torch.device, *, needed: bool = True) -> None:
+    """Raise UnsupportedError unless a seed is an int of 64 bits or 1 int64 on the device; None unless it is needed."""
+    if seed is None and not needed:
+        return
+    if isinstance(seed, Tensor):
+        fits = seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
+        found = f"seed is {seed.dtype} of {seed.numel()} elements on {seed.device}"
+        require(fits, f"{found}; expected 1 int64 on {device}")
+        return
+    require(
+        isinstance(seed, int) and not isinstance(seed, bool),
+        f"seed is {seed!r}, a {type(seed).__name__}; expected an int or 1 int64 on {device}",
+    )
+    require(-(1 << 63) <= seed < 1 << 63, f"seed is {seed}; allowed: -2^63 to 2^63 - 1")
+
+
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """A seed as `[1]` int64 on the device, which kernels read: a captured graph then draws by its current value."""
+    check_seed(seed, device)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            raise UnsupportedError(
-                f"seed is {seed.dtype} of {seed.numel()} elements on {seed.device}; expected 1 int64 on {device}"
-            )
         return seed.reshape(1)
     return torch.tensor([seed], dtype=torch.int64, device=device)
+
+
+_kept_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def zeros_kept(like: Tensor, count: int) -> Tensor:
+    """``count`` int32 zeros or more on the device of a tensor, for a kernel that leaves them as zeros.
+
+    Launches of one CUDA stream run one after another, so each stream has one such buffer, filled once. A captured graph
+    may be replayed on any stream, also beside others: it fills a buffer of its own, and so does traced code.
+    """
+    if like.device.type != "cuda" or type(like) is not Tensor or recording():
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    with torch.cuda.device(like.device):
+        key = like.device, torch.cuda.current_stream().cuda_stream
+        kept = None if torch.cuda.is_current_stream_capturing() else _kept_zeros.get(key)
+        if kept is None or kept.numel() < count:
+            kept = torch.zeros(count, dtype=torch.int32, device=like.device)
+            if not torch.cuda.is_current_stream_capturing():
+                _kept_zeros[key] = kept
+    return kept
 
 
 def require(condition: bool, message: str) -> None:

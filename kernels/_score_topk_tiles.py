@@ -1,26 +1,12 @@
 # mypy: allow-untyped-defs
-"""Triton code of `score_topk`: score a split of the catalogue and keep its best keys, then merge the splits.
-
-A candidate is one int64 key: the score's bits, mapped so that integers order as scores do, above the complement of the
-item id. Keys are distinct and their order is the order of results, so any selection of the largest keys is exact
-whatever order they were found in.
-"""
+"""Triton code of `score_topk`: score a split of the catalogue and keep its best keys (`_score_topk_merge`)."""
 
 from __future__ import annotations
 
 from kernels._runtime import LIFT_DOTS, constant, jit, tl
+from kernels._score_topk_merge import EMPTY, LAST_ID, keep_best, merge_if_last, order_bits
 
-LAST_ID = constant(0x7FFFFFFF)
-LARGEST_KEY = constant(0x7FFFFFFFFFFFFFFF)
-# Key of score -inf and item 0, which fills lists: it decodes to what is returned where too few items are left.
-EMPTY = constant((-0x7F800001 << 32) | 0x7FFFFFFF)
 FLOAT8_SCALE = constant(256.0)
-
-
-@jit
-def order_bits(bits):
-    """Map the bits of float32 numbers to int32 in the same order, and back. -0.0 must have been made 0.0."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
@@ -29,35 +15,6 @@ def decode_float8(stored):
     wide = stored.to(tl.int8, bitcast=True).to(tl.int16)
     bits = tl.where((wide & 0x7F) == 0x7F, 0x7E00, (wide << 7) & -0x4001)
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@jit
-def keep_best(keys_ptr, key, slots, k, most, limit):
-    """Store the largest keys at keys_ptr and EMPTY behind them, up to ``limit`` slots.
-
-    key: `[SIZE]`, all but EMPTY distinct. slots: ``tl.arange(0, SIZE)``. All real keys are kept if they are ``most`` or
-    fewer, else k to ``most`` of the largest. Returns the smallest key kept and the number kept. Every thread has read
-    its keys before any is overwritten.
-    """
-    real = key > EMPTY
-    low = tl.min(tl.where(real, key, LARGEST_KEY), 0)
-    high = tl.max(key, 0)
-    if tl.sum(real.to(tl.int32), 0) <= most:
-        high = low
-    # Bisection over key values: k or more keys are at least low, fewer than k are above high.
-    while low < high:
-        # The mean rounded up, without the overflow of a sum.
-        middle = (low | high) - ((low ^ high) >> 1)
-        count = tl.sum((key >= middle).to(tl.int32), 0)
-        low = tl.where(count >= k, middle, low)
-        high = tl.where(count > most, high, tl.where(count >= k, middle, middle - 1))
-    keep = real & (key >= low)
-    kept = tl.sum(keep.to(tl.int32), 0)
-    place = tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.debug_barrier()
-    tl.store(keys_ptr + place, key, mask=keep)
-    tl.store(keys_ptr + slots, tl.full(slots.shape, EMPTY, tl.int64), mask=(slots >= kept) & (slots < limit))
-    return low, kept
 
 
 @jit
@@ -109,10 +66,11 @@ def score_tile(
 
 @jit
 def score_splits(
-    rows_ptr, table_ptr, scale_ptr, exclude_items_ptr, exclude_offsets_ptr, candidates_ptr, bounds_ptr,
-    B, first, last, k, most, reserved, splits, split_items,
+    rows_ptr, table_ptr, scale_ptr, exclude_items_ptr, exclude_offsets_ptr, candidates_ptr, bounds_ptr, arrivals_ptr,
+    items_ptr, scores_ptr, B, first, last, k, most, reserved, splits, split_items, groups,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, LIFT: tl.constexpr, ROWS: tl.constexpr,
     ITEMS: tl.constexpr, CAPACITY: tl.constexpr, FLOAT8: tl.constexpr, SCALED: tl.constexpr, EXCLUDES: tl.constexpr,
+    BEST: tl.constexpr, FAN: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows against one split of the catalogue; leaves the best k keys of each row, unordered.
 
@@ -121,6 +79,9 @@ def score_splits(
     ITEMS keys; a tile adds one key to a lane at most, so threads append without asking each other, and as many tiles as
     the fullest lane has room for need no check. Then, seldom, lists are compacted: excluded items are dropped, k to
     ``most`` keys kept in the first ``reserved`` places of the lanes, and the bounds raised.
+
+    FAN: how many lists `merge_if_last` merges at a time, MERGED_ROWS rows at a time, into items and scores `[B, k]`;
+    arrivals: `[tiles, groups]` int32 zeros. FAN 0: lists are left to `merge_splits`.
     """
     DEPTH: tl.constexpr = CAPACITY // ITEMS
     first_row = tl.program_id(0) * ROWS
@@ -184,8 +145,8 @@ def score_splits(
         if (room < DEPTH // 4) | done:
             tl.debug_barrier()
             for index in range(live):
-                list_ptr = lists_ptr + index * list_stride
-                key = tl.load(list_ptr + slots)
+                list_ptr = (lists_ptr + index * list_stride + tl.arange(0, 1))[:, None]
+                key = tl.load(list_ptr + slots[None, :])
                 if EXCLUDES:
                     complement = (key & LAST_ID).to(tl.int32)
                     offsets_ptr = exclude_offsets_ptr + first_row + index
@@ -194,35 +155,16 @@ def score_splits(
                         key = tl.where(complement == excluded, EMPTY, key)
                 worst, kept = keep_best(list_ptr, key, slots, k, tl.where(done, k, most), CAPACITY)
                 bits = order_bits((worst >> 32).to(tl.int32))
-                if kept >= k:
-                    tl.store(bound_ptr + index * splits, bits.to(tl.float32, bitcast=True))
+                tl.store(
+                    bound_ptr + index * splits + tl.arange(0, 1), bits.to(tl.float32, bitcast=True), mask=kept >= k
+                )
             tl.debug_barrier()
             place = lists + item[:, None] + reserved * ITEMS
             room = DEPTH - reserved
-
-
-@jit
-def merge_splits(
-    candidates_ptr, items_ptr, scores_ptr, k, splits, step,
-    CAPACITY: tl.constexpr, BEST: tl.constexpr, FAN: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """One program: the best k keys of FAN lists of one row, left in the first of them; LAST: sorted and written out.
-
-    Lists are those of splits ``(group FAN + i) step``, k keys each. BEST: k rounded up to a power of two. items and
-    scores are `[B, k]`.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * FAN * step
-    list_ptr = candidates_ptr + (row * splits + begin) * CAPACITY
-    index = tl.arange(0, FAN * BEST)
-    split = index // BEST * step
-    slot = index % BEST
-    key = tl.load(list_ptr + split * CAPACITY + slot, mask=(begin + split < splits) & (slot < k), other=EMPTY)
-    keep_best(list_ptr, key, index, k, k, k)
-    if LAST:
-        tl.debug_barrier()
-        best = tl.arange(0, BEST)
-        key = tl.sort(tl.load(list_ptr + best, mask=best < k, other=EMPTY), descending=True)
-        bits = order_bits((key >> 32).to(tl.int32))
-        tl.store(items_ptr + row * k + best, (key & LAST_ID) ^ LAST_ID, mask=best < k)
-        tl.store(scores_ptr + row * k + best, bits.to(tl.float32, bitcast=True), mask=best < k)
+    if FAN > 0:
+        row_ptr = candidates_ptr + first_row.to(tl.int64) * list_stride
+        result = first_row.to(tl.int64) * k
+        merge_if_last(
+            row_ptr, list_stride, live, split, splits, arrivals_ptr + tl.program_id(0) * groups, items_ptr + result,
+            scores_ptr + result, k, CAPACITY, MERGED_ROWS, BEST, FAN,
+        )  # fmt: skip

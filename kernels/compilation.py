@@ -24,57 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kernels import _runtime
-from kernels._runtime import Launch, record_launches
+from kernels._runtime import record_launches
+from kernels._specialisation import ALIGNMENT, Variant, specialise
 from kernels.inventory import Case
 from kernels.targets import TARGETS, WARP_THREADS, Occupancy, Target, occupancy
-
-# Triton converts the 8-bit float of this type name in hardware, from compute capability 8.9 on, or not at all.
-FLOAT8, FLOAT8_CAPABILITY = "fp8e4nv", 89
-ALIGNMENT = 16
-_TYPE_NAMES = {
-    torch.bool: "u1",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: FLOAT8,
-    torch.float8_e5m2: "fp8e5",
-}
 
 
 class CompilationError(RuntimeError):
     """Kernels cannot be compiled here; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel specialised for one launch: all that the compiler is told, in a form that another process can read.
-
-    kernel: ``module:name``. signature: type of each parameter. constants: (parameter, value) pairs. aligned: parameters
-    that are multiples of 16. options: num_warps, num_stages and other compiler options.
-    """
-
-    kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[str, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.split(":")[1]
-
-    def compiles_for(self, target: Target) -> bool:
-        """Whether the target has the types of the signature."""
-        return target.capability >= FLOAT8_CAPABILITY or f"*{FLOAT8}" not in dict(self.signature).values()
 
 
 @dataclass(frozen=True)
@@ -152,14 +111,16 @@ def compile_cases(
     cases: Iterable[Case],
     targets: Sequence[Target] = tuple(TARGETS.values()),
     *,
+    once_per_blocks: bool = False,
     jobs: int | None = None,
     report: Report | None = None,
 ) -> list[CompiledKernel]:
     """Compile every launch of every case for every target; the order is that of cases, targets and launches.
 
     What Triton cannot express on a target (e4m3 floats before compute capability 8.9) is left out. A launch that does
-    not compile, or a case that does not run, is a result with an ``error``. jobs: processes (default: one a core).
-    Raises CompilationError where nothing can be compiled at all.
+    not compile, or a case that does not run, is a result with an ``error``. once_per_blocks: of the launches of a
+    kernel that differ only in model sizes and flags, compile the first of each dtype. jobs: processes (default: one
+    a core). Raises CompilationError where nothing can be compiled at all.
     """
     check_compiler()
     planned: list[tuple[CompiledKernel, Variant | None]] = []
@@ -167,6 +128,8 @@ def compile_cases(
         variants = _variants(case)
         for target in targets:
             planned.extend(_planned(case, target, variants))
+    if once_per_blocks:
+        planned = _first_of_each(planned)
     units = {(variant, kernel.target.name): None for kernel, variant in planned if variant is not None}
     found = _compile_all(list(units), jobs or os.cpu_count() or 1, report or (lambda *_: None))
     results = []
@@ -185,55 +148,10 @@ def compile_cases(
     return results
 
 
-def specialise(launch: Launch) -> Variant:
-    """Types, constants and alignments of a launch, as Triton's launcher derives them from the arguments.
-
-    Tensors are pointers of their dtype, aligned where their first element is at a multiple of 16 bytes of their
-    storage, as every allocator aligns storages. Integers are 32 bits where they fit, 1 is a constant, multiples of 16
-    are marked; None is a constant; floats are 32 bits. Raises TypeError for another kind of argument.
-    """
-    kernel = launch.kernel
-    named = {name: value for name, value in launch.options.items() if name in kernel.arg_names}
-    options = {name: value for name, value in launch.options.items() if name not in named}
-    bound = kernel.signature.bind(*launch.arguments, **named)
-    bound.apply_defaults()
-    signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        value = bound.arguments[parameter.name]
-        value = getattr(value, "value", value) if isinstance(value, _runtime.tl.constexpr) else value
-        type_name, is_aligned = ("constexpr", False) if parameter.is_constexpr else _argument(parameter, value)
-        signature[parameter.name] = type_name
-        if type_name == "constexpr":
-            constants[parameter.name] = value
-        if is_aligned:
-            aligned.append(parameter.name)
-    return Variant(
-        kernel=f"{kernel.fn.__module__}:{kernel.fn.__qualname__}",
-        signature=tuple(signature.items()),
-        constants=tuple(constants.items()),
-        aligned=tuple(aligned),
-        options=tuple(sorted(options.items())),
-    )
-
-
 def compile_variant(variant: Variant, target: Target) -> Resources:
     """Compile one specialised kernel in this process. Raises what Triton raises, and CompilationError."""
-    check_compiler()
-    triton = _runtime.triton
-    kernel = pkgutil.resolve_name(variant.kernel)
-    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature=dict(variant.signature),
-        constexprs={places[name]: value for name, value in variant.constants},
-        attrs={places[name]: [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
-    )
     started = time.perf_counter()
-    compiled = triton.compile(
-        source,
-        target=triton.backends.compiler.GPUTarget("cuda", target.capability, WARP_THREADS),
-        options={**dict(variant.options), "enable_fp_fusion": True},
-    )
+    compiled = compiled_kernel(variant, target)
     seconds = time.perf_counter() - started
     metadata = compiled.metadata
     usage = resource_usage(compiled.asm["cubin"], metadata.name)
@@ -245,6 +163,25 @@ def compile_variant(variant: Variant, target: Target) -> Resources:
         shared=metadata.shared + max(0, usage["SHARED"] - target.shared_in_code),
         tensor_columns=getattr(metadata, "tmem_size", None) or 0,
         seconds=seconds,
+    )
+
+
+def compiled_kernel(variant: Variant, target: Target) -> Any:
+    """Triton's compiled kernel (``asm``, ``metadata``) of a variant. Raises what Triton raises; CompilationError."""
+    check_compiler()
+    triton = _runtime.triton
+    kernel = pkgutil.resolve_name(variant.kernel)
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=dict(variant.signature),
+        constexprs={places[name]: value for name, value in variant.constants},
+        attrs={places[name]: [["tt.divisibility", ALIGNMENT]] for name in variant.aligned},
+    )
+    return triton.compile(
+        source,
+        target=triton.backends.compiler.GPUTarget("cuda", target.capability, WARP_THREADS),
+        options={**dict(variant.options), "enable_fp_fusion": True},
     )
 
 
@@ -267,38 +204,6 @@ def _cuobjdump() -> str:
         raise CompilationError(
             f"{error}: the Triton wheel brings cuobjdump; install it again or set TRITON_CUOBJDUMP_PATH"
         ) from None
-
-
-def _argument(parameter: Any, value: Any) -> tuple[str, bool]:
-    """Type name of a run-time argument, and whether it is marked as a multiple of 16."""
-    if value is None:
-        return "constexpr", False
-    specialised = not parameter.do_not_specialize
-    alignable = specialised and not parameter.do_not_specialize_on_alignment
-    declared = parameter.annotation_type
-    if isinstance(value, Tensor):
-        if value.dtype not in _TYPE_NAMES:
-            raise TypeError(f"parameter {parameter.name} is a tensor of {value.dtype}, which no kernel takes")
-        first_byte = value.storage_offset() * value.element_size()
-        pointer = "*k" if parameter.is_const else "*"
-        return declared or pointer + _TYPE_NAMES[value.dtype], alignable and first_byte % ALIGNMENT == 0
-    if isinstance(value, bool):
-        return declared or "u1", False
-    if isinstance(value, float):
-        return declared or "fp32", False
-    if not isinstance(value, int):
-        raise TypeError(f"parameter {parameter.name} is a {type(value).__name__}: not a tensor, number or None")
-    if declared.startswith(("fp", "bf")) or declared == "u1":
-        return declared, False
-    if value == 1 and specialised and not declared:
-        return "constexpr", False
-    return declared or _integer_type(value), alignable and value % ALIGNMENT == 0
-
-
-def _integer_type(value: int) -> str:
-    if -(2**31) <= value < 2**31:
-        return "i32"
-    return "i64" if value < 2**63 else "u64"
 
 
 def _variants(case: Case) -> list[Variant] | str:
@@ -327,6 +232,16 @@ def _planned(
         declared = {name: value for name, value in variant.constants if isinstance(value, int | float | str)}
         if variant.compiles_for(target):
             yield CompiledKernel(*where, variant.name, place, declared, target, None), variant
+
+
+def _first_of_each(
+    planned: list[tuple[CompiledKernel, Variant | None]],
+) -> list[tuple[CompiledKernel, Variant | None]]:
+    found: dict[object, tuple[CompiledKernel, Variant | None]] = {}
+    for place, (kernel, variant) in enumerate(planned):
+        key = place if variant is None else (variant.blocks, kernel.dtype, kernel.target.name)
+        found.setdefault(key, (kernel, variant))
+    return list(found.values())
 
 
 Unit = tuple[Variant, str]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels._denoise_last_common import (
+from kernels._denoise_last_op import denoise_last_op
+from kernels._reverse_steps import (
     DTYPES,
     NARROWEST_HEAD,
     WIDEST_HEAD,
@@ -23,8 +24,8 @@ from kernels._denoise_last_common import (
     check_tensors,
     reverse_steps,
 )
-from kernels._denoise_last_op import denoise_last_op
-from kernels._runtime import require, runs_triton, seed_tensor
+from kernels._runtime import check_seed, require, runs_triton, seed_tensor
+from kernels._scalars import require_integers, require_numbers
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
 
@@ -70,6 +71,9 @@ def denoise_last(
     take about as long as a program of them on every multiprocessor.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `denoise_last_twin`.
     """
+    require_integers(heads=heads, max_length=max_length)
+    require_numbers(mix_weight=mix_weight, guidance_scale=guidance_scale)
+    check_seed(seed, condition.device, needed=noise is None)
     check_steps(condition, times, coefficients, row_keys, noise)
     _check(condition, weights, keys_values, pads, offsets, times, coefficients, heads, max_length, guidance_scale)
     optional = [tensor for tensor in (pads, row_keys, noise) if tensor is not None]

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._denoise_last_common import DTYPES, check_contiguous, check_steps, check_tensors, reverse_steps
 from kernels._denoise_last_mlp_kernel import denoise_last_mlp_kernel
-from kernels._runtime import cdiv, kernel_op, launch, next_power_of_2, require, runs_triton, seed_tensor
+from kernels._reverse_steps import DTYPES, check_contiguous, check_steps, check_tensors, reverse_steps
+from kernels._runtime import cdiv, check_seed, kernel_op, launch, next_power_of_2, require, runs_triton, seed_tensor
+from kernels._scalars import require_numbers
 from kernels.inventory import Cost, Entry, Shape
 
 
@@ -47,6 +48,8 @@ def denoise_last_mlp(
     inputs are made so. Inference only: no gradients. Raises UnsupportedError. Without Triton, or on a CPU, this is
     `denoise_last_mlp_twin`.
     """
+    require_numbers(norm_epsilon=norm_epsilon, mix_weight=mix_weight, guidance_scale=guidance_scale)
+    check_seed(seed, condition.device, needed=noise is None)
     check_steps(condition, times, coefficients, row_keys, noise)
     D = condition.shape[1]
     require(up.dtype in DTYPES, f"up is {up.dtype}; allowed: float32, float16, bfloat16")

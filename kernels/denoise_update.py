@@ -16,6 +16,7 @@ from kernels import philox
 from kernels._gaussian import normal
 from kernels._runtime import (
     cdiv,
+    check_seed,
     constant,
     jit,
     kernel_op,
@@ -26,6 +27,7 @@ from kernels._runtime import (
     seed_tensor,
     tl,
 )
+from kernels._scalars import require_integers
 from kernels.inventory import Cost, Entry, Shape
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -166,9 +168,12 @@ def _check(
         if isinstance(value, Tensor):
             integer = value.dtype == torch.int64 and value.numel() == 1
             require(integer, f"{name} is {value.dtype} of {value.numel()} elements; expected an int or 1 int64")
-        elif value is not None:
+        elif value is not None or name == "row":
+            require_integers(**{name: value})
+            assert value is not None
             require(0 <= value <= last, f"{name} is {value}; allowed: 0 to {last}")
     require(draw is not None or steps < 1 << philox.DRAW_BITS, f"draw is None with {steps} rows; allowed: up to 4095")
+    check_seed(seed, x_t.device, needed=False)
     require(seed is not None or noise is not None, "seed and noise are None; give one, also where s is 0")
     if in_place:
         require(x_t.is_contiguous(), "x_t is not contiguous; it must be to be written in place")

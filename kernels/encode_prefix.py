@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._denoise_last_common import (
+from kernels._encode_prefix_op import encode_prefix_op
+from kernels._reverse_steps import (
     DTYPES,
     NARROWEST,
     NARROWEST_HEAD,
@@ -23,8 +24,8 @@ from kernels._denoise_last_common import (
     check_contiguous,
     check_tensors,
 )
-from kernels._encode_prefix_op import encode_prefix_op
 from kernels._runtime import require, runs_triton
+from kernels._scalars import require_integers, require_numbers
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
 
@@ -71,6 +72,8 @@ def encode_prefix(
     tensors must be contiguous. Results of a user depend on no other user, up to rounding. Inference only: no gradients.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `encode_prefix_twin`.
     """
+    require_integers(heads=heads, max_length=max_length)
+    require_numbers(history_norm_epsilon=history_norm_epsilon, mix_weight=mix_weight)
     branches = 0 if denoiser is None else 1 + unconditional
     _check(
         items, offsets, table, positions, history_norm, encoder, encoder_pads, denoiser, denoiser_pads, start_time,

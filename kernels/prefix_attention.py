@@ -16,7 +16,8 @@ from torch import Tensor
 from kernels._prefix_attention_forward import DRAW_LEVELS, TOKEN_QUADS
 from kernels._prefix_attention_op import attention, attention_gradients
 from kernels._prefix_attention_twin import attend, dropout_count, dropout_factors, token_users
-from kernels._runtime import require, require_offsets, runs_triton, seed_tensor
+from kernels._runtime import check_seed, require, require_offsets, runs_triton, seed_tensor
+from kernels._scalars import require_integers, require_numbers
 from kernels.block_weights import pad_weights
 from kernels.inventory import Cost, Entry, Shape
 
@@ -70,6 +71,10 @@ def prefix_attention(
     Gradients to qkv and pads, both deterministic. Raises UnsupportedError. Without Triton, or on a CPU, this is
     `prefix_attention_twin`.
     """
+    require_numbers(dropout=dropout)
+    if max_length is not None:
+        require_integers(max_length=max_length)
+    check_seed(seed, qkv.device, needed=dropout > 0)
     _check(qkv, offsets, pads, max_length, pad_bias, dropout, users)
     given = [tensor for tensor in (qkv, offsets, pads, pad_bias, users) if tensor is not None]
     if not runs_triton(*given):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._runtime import cdiv, kernel_op, launch, require, runs_triton, seed_tensor
+from kernels._runtime import cdiv, check_seed, kernel_op, launch, require, runs_triton, seed_tensor
+from kernels._scalars import require_numbers
 from kernels._token_noise_draws import drawn, noised_rows
 from kernels._token_noise_gradients import (
     draw_token_steps,
@@ -73,6 +74,8 @@ def token_noise(
     that would wait for the device. The table must be contiguous; other inputs are made so. D is at most 4096.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `token_noise_twin`.
     """
+    require_numbers(weight=weight)
+    check_seed(seed, table.device, needed=False)
     _check(table, targets, condition, time_table, signal, noise_level, seed, steps, gaussian, sequences)
     tensors = (table, targets, condition, time_table, signal, noise_level)
     if not runs_triton(*tensors, *(tensor for tensor in (steps, gaussian, sequences) if tensor is not None)):

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from bench.kernels.selection import Case
 
 HEADS = 4
+KERNEL_OPTIONS = ("kernel", "shape", "dtype", "cuda_graph")
+ENGINE_OPTIONS = ("paths", "batch_sizes", "steps", "items", "width")
 MOST_ITEMS, MOST_USERS, MOST_STEPS = 2**31, 2**20, 4095
 
 
 def bench_kernels(
+    context: typer.Context,
     kernel: KERNEL = "*",
     shape: SHAPE = None,
     dtype: DTYPE = None,
@@ -61,7 +64,10 @@ def bench_kernels(
         return
     if not 0 < seconds_per_path < math.inf:
         raise ConfigError(f"--seconds-per-path {seconds_per_path}: must be above 0 and finite, such as 1")
+    check_mode(context, engines=engines)
     check_output(out, "--out", make_folder=True)
+    if not append:
+        check_partial(out)
     # Names before the device: a slip of the pen should not wait for a GPU.
     cases: list[Case] = [] if engines else choose_cases(kernel, shape, dtype)
     where = check_bench_device(device, engines=engines)
@@ -81,10 +87,39 @@ def bench_kernels(
     failed = [row for row in found if row.error is not None]
     for row in failed:
         console.print(f"failed: {row_name(row)}, {row.path}: {row.error}", markup=False)
-    kept = out if append or len(failed) < len(found) or not found else out.with_name(f"{out.name}.partial")
+    kept = out if append or len(failed) < len(found) or not found else partial_path(out)
     console.print(f"{len(found)} rows in {kept if kept.exists() else out}", markup=False)
     if failed:
         raise typer.Exit(1)
+
+
+def check_mode(context: typer.Context, *, engines: bool) -> None:
+    """Raise ConfigError for an option that was given and that the other mode reads."""
+    from adrec.errors import ConfigError
+
+    others = KERNEL_OPTIONS if engines else ENGINE_OPTIONS
+    # By name: some releases of Typer bring a Click of their own, others need the package.
+    wrong = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if wrong:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        reads = "kernels are measured, not with --engines" if engines else "--engines is given"
+        raise ConfigError(f"{named}: read only where {reads}; leave it out, or run the two one after the other")
+
+
+def check_partial(out: Path) -> None:
+    """Raise ConfigError where rows of a run that did not end well would be replaced."""
+    from adrec.errors import ConfigError
+
+    partial = partial_path(out)
+    if partial.exists():
+        raise ConfigError(
+            f"{partial} holds what an interrupted or failed run measured; rename it to keep it, or delete it"
+        )
+
+
+def partial_path(out: Path) -> Path:
+    """Where rows lie until all of a run are measured."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def check_bench_device(name: str, *, engines: bool) -> torch.device:
@@ -117,12 +152,12 @@ def write_rows(rows: Iterator[KernelsRecord], out: Path, *, append: bool) -> lis
     from bench.kernels.records import append_record, read_kernel_records
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    target = out if append else out.with_name(f"{out.name}.partial")
+    target = out if append else partial_path(out)
     if out.exists():
         # What is no file of such records is neither added to nor replaced.
         read_kernel_records([out])
     if not append:
-        target.unlink(missing_ok=True)
+        check_partial(out)
     found = []
     for row in rows:
         append_record(target, row)

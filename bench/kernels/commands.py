@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from bench.kernels.compiled_table import CompiledRow
     from bench.kernels.gpus import Gpu
     from bench.kernels.records import KernelRecord
     from kernels.compilation import CompiledKernel
@@ -60,7 +61,14 @@ def compile_kernels(
     target: Annotated[str | None, typer.Option(help="Targets, comma-separated, such as sm_90; default: all.")] = None,
     dtype: DTYPE = None,
     shape: SHAPE = None,
+    each_block_size: Annotated[
+        bool,
+        typer.Option("--each-block-size", help="Only the first launch of a kernel and dtype with its block sizes."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="With --out: keep the table's rows of what was not chosen.")
+    ] = False,
     check: Annotated[Path | None, typer.Option(help="Compare with the table in this JSON file.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, and only rows with a problem.")] = False,
@@ -75,7 +83,7 @@ def compile_kernels(
     from adrec.errors import ConfigError, NotSupportedError
     from adrec.files import check_output
     from adrec.versions import installed_versions
-    from bench.kernels.compiled_table import read_table, regressions, write_table
+    from bench.kernels.compiled_table import read_table, regressions, row_key, write_table
     from bench.kernels.selection import choose_cases, dtype_name, pick_all
     from kernels.compilation import CompilationError, compile_cases
     from kernels.targets import TARGETS
@@ -84,8 +92,18 @@ def compile_kernels(
     cases = choose_cases(kernel, shape, dtype)
     if check is not None and shape is not None and "=" in shape:
         raise ConfigError(f"--check knows named shapes only, and --shape is {shape}; leave one of them out")
+    if each_block_size and out is not None:
+        raise ConfigError(
+            "--each-block-size leaves out most rows of a table, and --out writes one; leave one of them out"
+        )
+    if update and out is None:
+        raise ConfigError("--update changes the table of --out FILE, which is not given")
+    version = installed_versions()["triton"] or "unknown"
     if out is not None:
         check_output(out, "--out")
+    kept = read_table(out) if update and out is not None else None
+    if kept is not None and kept.triton != version:
+        raise ConfigError(f"--update: {out} is of Triton {kept.triton}, this is {version}; compile all without it")
     recorded = None if check is None else read_table(check)
     console, notes = wide_console(), Console(stderr=True, soft_wrap=True, highlight=False)
     with Progress(console=notes, disable=quiet, transient=True) as progress:
@@ -94,6 +112,7 @@ def compile_kernels(
             found = compile_cases(
                 cases,
                 targets,
+                once_per_blocks=each_block_size,
                 jobs=jobs,
                 report=lambda done, total, name: progress.update(task, completed=done, total=total, description=name),
             )
@@ -105,30 +124,33 @@ def compile_kernels(
     for each in bad:
         where = f"{each.entry} {each.kernel}, {each.shape}, {dtype_name(each.dtype)}, {each.target.name}"
         notes.print(f"bad: {where}: {'; '.join(each.problems)}", markup=False)
-    version = installed_versions()["triton"] or "unknown"
+    names, dtypes = {each.entry.name for each in cases}, {dtype_name(each.dtype) for each in cases}
+    shapes, targeted = {each.shape_name for each in cases}, {each.name for each in targets}
+
+    def chosen(row: CompiledRow) -> bool:
+        return (
+            (kernel == "*" or row.entry in names)
+            and (dtype is None or row.dtype in dtypes)
+            and (shape is None or row.shape in shapes)
+            and row.target in targeted
+        )
+
     worse: list[str] = []
     if recorded is not None:
         if recorded.triton != version:
             notes.print(f"note: the record is of Triton {recorded.triton}, this is {version}", markup=False)
-        names, dtypes = {each.entry.name for each in cases}, {dtype_name(each.dtype) for each in cases}
-        shapes, targeted = {each.shape_name for each in cases}, {each.name for each in targets}
-        worse = regressions(
-            found,
-            [
-                row
-                for row in recorded.rows
-                if (kernel == "*" or row.entry in names)
-                and (dtype is None or row.dtype in dtypes)
-                and (shape is None or row.shape in shapes)
-                and row.target in targeted
-            ],
-        )
+        known = [row for row in recorded.rows if chosen(row)]
+        if each_block_size:
+            compiled = {row_key(each) for each in found}
+            known = [row for row in known if row.key in compiled]
+        worse = regressions(found, known)
         for sentence in worse:
             notes.print(f"worse: {sentence}", markup=False)
         notes.print(f"{len(worse)} rows worse than {check}", markup=False)
     if out is not None:
-        write_table(out, found, version)
-        notes.print(f"{len(found) - sum(each.resources is None for each in found)} rows in {out}", markup=False)
+        others = [] if kept is None else [row for row in kept.rows if not chosen(row)]
+        rows = write_table(out, found, version, others)
+        notes.print(f"{rows} rows in {out}" + (f", {len(others)} of them kept" if update else ""), markup=False)
     if bad or worse:
         raise typer.Exit(1)
 

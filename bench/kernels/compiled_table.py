@@ -15,6 +15,7 @@ from adrec.files import write_text
 from bench.environment import Frozen
 from bench.kernels.selection import dtype_name
 from kernels.compilation import CompiledKernel
+from kernels.inventory import entries
 
 Key = tuple[str, str, str, str, int, str]
 
@@ -65,6 +66,11 @@ class CompiledTable(Frozen):
     rows: list[CompiledRow]
 
 
+def row_key(kernel: CompiledKernel) -> Key:
+    """`CompiledRow.key` of a kernel, compiled or not."""
+    return (kernel.entry, kernel.shape, dtype_name(kernel.dtype), kernel.kernel, kernel.launch, kernel.target.name)
+
+
 def compiled_row(kernel: CompiledKernel) -> CompiledRow | None:
     """The row of a compiled kernel; None for one that did not compile."""
     if (used := kernel.resources) is None or (bound := kernel.occupancy) is None:
@@ -90,12 +96,18 @@ def compiled_row(kernel: CompiledKernel) -> CompiledRow | None:
     )
 
 
-def write_table(path: Path, kernels: Iterable[CompiledKernel], triton: str) -> None:
-    """Write the rows of everything that compiled, one a line so that a difference shows the kernels that changed."""
-    rows = [row for kernel in kernels if (row := compiled_row(kernel)) is not None]
+def write_table(path: Path, kernels: Iterable[CompiledKernel], triton: str, kept: Sequence[CompiledRow] = ()) -> int:
+    """Write the rows of everything that compiled, one a line so that a difference shows the kernels that changed.
+
+    kept: rows of an earlier table to hold beside them, in the place of their kernel. Returns the number of rows.
+    """
+    rows = [*kept, *(row for kernel in kernels if (row := compiled_row(kernel)) is not None)]
+    places = {entry.name: place for place, entry in enumerate(entries())}
+    rows.sort(key=lambda row: places.get(row.entry, len(places)))
     head = CompiledTable(triton=triton, rows=[]).model_dump(mode="json", exclude={"rows"})
     lines = ",\n".join(json.dumps(row.model_dump(mode="json"), allow_nan=False) for row in rows)
     write_text(path, f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    return len(rows)
 
 
 def read_table(path: Path) -> CompiledTable:

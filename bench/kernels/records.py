@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from adrec.data.json_text import parse_json
-from adrec.errors import DataError
 from bench.environment import Environment, Frozen
+from bench.json_lines import LineWriter, read_json_lines
 from bench.record import Estimate
-
-SCHEMA_VERSION = 1
 
 
 class PathTiming(Frozen):
@@ -118,12 +113,8 @@ _ADAPTER: TypeAdapter[KernelsRecord] = TypeAdapter(Annotated[KernelsRecord, Fiel
 
 def append_record(path: Path, record: KernelsRecord) -> None:
     """Append one line and flush it to the disk, so that an interrupted run keeps what it measured."""
-    # JSON has no NaN: a record that holds one must fail here, not in the next reader.
-    line = json.dumps(record.model_dump(mode="json"), allow_nan=False, separators=(",", ":"))
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(line + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    with LineWriter[KernelsRecord](path) as writer:
+        writer.write(record)
 
 
 def read_kernel_records(paths: Iterable[Path]) -> list[KernelsRecord]:
@@ -132,29 +123,4 @@ def read_kernel_records(paths: Iterable[Path]) -> list[KernelsRecord]:
 
 
 def _read(path: Path) -> list[KernelsRecord]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of records; `adrec bench kernels` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
-    return [_parse(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse(where: str, line: str) -> KernelsRecord:
-    try:
-        content = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); delete the line") from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise DataError(f"{where}: schema version {version!r}, this adrec reads {SCHEMA_VERSION}; measure again")
-    try:
-        return _ADAPTER.validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "record"
-        raise DataError(
-            f"{where}: field {field!r}: {first['msg']} ({error.error_count()} problem(s) in the line); the file is"
-            " not one of `adrec bench kernels`, or the line is damaged: delete it"
-        ) from None
+    return read_json_lines(path, _ADAPTER.validate_python, "adrec bench kernels")

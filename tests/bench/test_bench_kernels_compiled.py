@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
+from adrec.versions import installed_versions
 from bench.kernels.commands import register
 from bench.kernels.compiled_table import compiled_row, read_table, regressions, write_table
 from bench.kernels.selection import choose_cases, choose_entries
@@ -40,6 +41,7 @@ def kernel(usage: Resources | None = USAGE, target: str = "sm_90", **changes: An
 @pytest.fixture(autouse=True)
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     """The list of kernels is that of the toys."""
+    monkeypatch.setattr("bench.kernels.compiled_table.entries", lambda: toy_kernels.ENTRIES)
     monkeypatch.setattr("bench.kernels.selection.entries", lambda: toy_kernels.ENTRIES)
 
 
@@ -207,6 +209,7 @@ def test_interpreted_kernels_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -
 SCRIPT = """
 import sys, typer, toy_kernels, kernels.inventory
 kernels.inventory.entries = lambda: toy_kernels.ENTRIES
+from adrec.versions import installed_versions
 from bench.kernels.commands import register
 app = typer.Typer()
 register(app)
@@ -234,3 +237,26 @@ def test_the_command_catches_a_kernel_that_spills_and_one_that_is_too_large(tmp_
     assert "196608 bytes of shared memory; sm_86 has 101376" in output
     status, output = natively("--kernel", "scale", *one, "--check", table)
     assert status == 0, output
+
+
+def test_a_part_of_a_table_is_written_anew(tmp_path: Path, canned: list[CompiledKernel]) -> None:
+    """Rows that were not chosen stay as they are; those of a chosen kernel that are gone go."""
+    path = tmp_path / "table.json"
+    other, gone = kernel(entry="spill"), kernel(kernel="old_kernel", launch=1)
+    write_table(path, [gone, kernel(replace(USAGE, registers=9)), other], str(installed_versions()["triton"]))
+    done = invoke("compile", "--kernel", "scale", "--update", "--out", str(path), "--quiet")
+    assert done.exit_code == 0
+    assert read_table(path).rows == [compiled_row(each) for each in [*canned, other]]
+    assert "3 rows" in done.stderr
+    assert "1 of them kept" in done.stderr
+
+
+def test_a_part_of_another_compilers_table_is_not_replaced(tmp_path: Path, canned: list[CompiledKernel]) -> None:
+    path = tmp_path / "table.json"
+    write_table(path, canned, "0.1")
+    before = path.read_bytes()
+    error = error_of("compile", "--kernel", "scale", "--update", "--out", str(path))
+    assert "is of Triton 0.1" in str(error)
+    assert path.read_bytes() == before
+    assert "--out FILE, which is not given" in str(error_of("compile", "--update"))
+    assert "leaves out most rows" in str(error_of("compile", "--each-block-size", "--out", str(path)))

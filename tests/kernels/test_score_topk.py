@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adrec.data.jagged import Jagged
 from adrec.engines.cached import CachedEngine
+from kernels import _score_topk_op as op
 from kernels import score_topk as module
 from kernels.score_topk import FLOAT8, score_topk, score_topk_twin
 from tests.conftest import make_tiny_model
@@ -184,28 +185,80 @@ def test_the_padding_row_and_those_below_first_are_never_returned(kernel_device:
     assert check_exact(3, {**values, "first": 11})[0].tolist() == [[11, 12, 13]]
 
 
+def in_seven_splits(device: torch.device, patch: pytest.MonkeyPatch, batch: int = 3) -> dict[str, Any]:
+    """Items whose scores are whole numbers that tie within and across splits; 16 rows are a tile."""
+    patch.setattr(op, "_FEWEST_SPLIT_ITEMS", 60)
+    values = problem(device, batch=batch, items=420, width=16, whole=True)
+    lists = [[5, 6], [], list(range(1, 300)), *[[]] * (batch - 3)]
+    return {**values, **exclusions(lists, device)}
+
+
 @pytest.mark.parametrize("k", [3, 40])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"_FEWEST_SPLIT_ITEMS": 1024},
+        {},
+        {"_CLIMBED_KEYS": 1},
+        {"_ONE_LAUNCH_RESULTS": 0},
+        {"_ONE_LAUNCH_RESULTS": 0, "_MERGED_KEYS": 1},
+    ],
+    ids=["one split", "merged at once", "two by two", "by a launch", "by launches"],
+)
 def test_splits_and_levels_of_the_merge_do_not_matter(
-    k: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+    k: int, sizes: dict[str, int], kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One split; 7 splits merged at once; 7 merged two by two."""
-    values = problem(kernel_device, batch=3, items=420, width=16)
-    values.update(exclusions([[5, 6], [], list(range(1, 300))], kernel_device))
-    found = []
-    for fewest, merged in [(1024, 4096), (60, 4096), (60, 1)]:
-        monkeypatch.setattr(module, "_FEWEST_SPLIT_ITEMS", fewest)
-        monkeypatch.setattr(module, "_MERGED_KEYS", merged)
-        found.append(check_close(k, values))
-    for items, scores in found[1:]:
-        assert torch.equal(items, found[0][0])
-        assert torch.equal(scores, found[0][1])
+    values = in_seven_splits(kernel_device, monkeypatch)
+    for name, size in sizes.items():
+        monkeypatch.setattr(op, name, size)
+    check_exact(k, values)
+
+
+@pytest.mark.parametrize(("order", "climbed"), [("backwards", 512), ("shuffled", 1)])
+def test_whoever_comes_last_merges_the_same(
+    order: str, climbed: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter runs programs in turn; renumbering them brings the splits of a tile in any order, tiles mixed."""
+    if kernel_device.type != "cpu":
+        pytest.skip("a GPU orders programs itself")
+    values = in_seven_splits(kernel_device, monkeypatch, batch=17)
+    monkeypatch.setattr(op, "_CLIMBED_KEYS", climbed)
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    tiles, splits = 2, 7
+    places = torch.arange(tiles * splits).flip(0)
+    if order == "shuffled":
+        places = torch.randperm(tiles * splits, generator=torch.Generator().manual_seed(0))
+    came, plain = [], builder.set_grid_idx
+
+    def renumbered(x: int, y: int, z: int) -> None:
+        tile, split = divmod(int(places[x * splits + y]), splits)
+        came.append((tile, split))
+        plain(tile, split, z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", renumbered)
+    check_exact(5, values)
+    assert sorted(came) == [(tile, split) for tile in range(tiles) for split in range(splits)]
+    assert came != sorted(came)
+
+
+@pytest.mark.parametrize("climbed", [1, 512])
+def test_counters_are_zeros_again(climbed: int, kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next call, or the replay of a graph, finds what it needs; one call after another uses them."""
+    values = in_seven_splits(kernel_device, monkeypatch)
+    monkeypatch.setattr(op, "_CLIMBED_KEYS", climbed)
+    arrivals = torch.zeros(1024, dtype=torch.int32, device=kernel_device)
+    expected = score_topk_twin(k=6, **values)
+    for _ in range(2):
+        found = score_topk(k=6, arrivals=arrivals, **values)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert not bool(arrivals.any())
 
 
 def test_both_presets(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 64 rows, as of a large catalogue; 66 rows are a whole tile and a part of one."""
     values = problem(kernel_device, batch=66, items=110, width=16, whole=True)
     small = check_exact(4, values)
-    monkeypatch.setattr(module, "_LARGE_CATALOGUE", 100)
+    monkeypatch.setattr(op, "_LARGE_CATALOGUE", 100)
     large = check_exact(4, values)
     assert all(torch.equal(one, other) for one, other in zip(small, large, strict=True))
 

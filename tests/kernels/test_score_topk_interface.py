@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from kernels._runtime import UnsupportedError, record_launches
+from kernels._score_topk_op import _score_topk, counters, plan
 from kernels.inventory import Entry
 from kernels.score_topk import (
     ENTRIES,
@@ -18,8 +19,6 @@ from kernels.score_topk import (
     MOST_ITEMS,
     ROW_DTYPES,
     TABLE_DTYPES,
-    _score_topk,
-    plan,
     score_topk,
     score_topk_twin,
 )
@@ -63,6 +62,11 @@ def valid() -> dict[str, Any]:
         ({"exclude_offsets": None}, "exclude_items and exclude_offsets: one is missing"),
         ({"exclude_items": torch.zeros(3)}, r"exclude_items is torch.float32 of shape \[3\]; expected int64 \[X\]"),
         ({"exclude_offsets": torch.zeros(2, dtype=torch.int64)}, r"exclude_offsets is .* \[2\]; expected int64 \[3\]"),
+        (
+            {"arrivals": torch.zeros(1023, dtype=torch.int32)},
+            r"arrivals is torch.int32 of shape \[1023\]; expected 1024",
+        ),
+        ({"arrivals": torch.zeros(1024)}, "arrivals is torch.float32 .*; expected 1024 contiguous int32 zeros or more"),
         ({"rows": torch.zeros(2, 8, device="meta")}, "tensors are on cpu, meta; expected one device"),
     ],
 )
@@ -86,7 +90,7 @@ def test_torch_checks_the_operator(excludes: bool, kernel_device: torch.device) 
     lists = exclusions([[1, 2], []], kernel_device) if excludes else {"exclude_items": None, "exclude_offsets": None}
     table = values["table"]
     for stored in (table, table.to(FLOAT8).view(torch.uint8)):
-        opcheck(_score_topk.op, (values["rows"], stored, values["scale"], *lists.values(), 4, 1))  # type: ignore[attr-defined]
+        opcheck(_score_topk.op, (values["rows"], stored, values["scale"], *lists.values(), None, 4, 1))  # type: ignore[attr-defined]
 
 
 def test_the_compiler_sees_one_operator(kernel_device: torch.device) -> None:
@@ -117,6 +121,19 @@ def test_any_plan_covers_the_catalogue_in_bounded_memory(
     # After a compaction a run of tiles is longer than what triggers the next one.
     assert depth - found.reserved >= depth // 4 >= 1
     assert found.lift or found.chunk == found.block_width >= width
+    # One counter for each merge of each tile of rows, and the lists of a group are no more than it merges.
+    tiles = -(-batch // found.rows)
+    assert tiles * found.groups <= counters(batch)
+    assert (found.fan > 0) == (k <= 128)
+    if found.fan:
+        lists, groups = found.splits, 0
+        while groups == 0 or lists > 1:
+            lists = -(-lists // found.fan)
+            groups += lists
+        assert groups == found.groups
+        assert k <= found.best < 2 * k
+        assert found.merged_rows * found.fan * found.best <= 512 * found.num_warps
+        assert 1 <= found.merged_rows <= found.rows
     # Offsets inside a tile of rows are 32-bit.
     assert found.rows * found.splits * found.capacity < 2**31
 
@@ -128,23 +145,23 @@ def test_entries_run_without_values_and_within_the_memory_they_promise(entry: En
             inputs = entry.inputs(shape, dtype, torch.device("meta"))
             with record_launches() as launches:
                 items, scores = entry.run(**inputs)
-            assert items.shape == scores.shape == (shape["B"], shape["K"])
+            assert items.shape == scores.shape == (shape["users"], shape["results"])
             given = {value.data_ptr() for value in inputs.values() if isinstance(value, torch.Tensor)}
             assert given == {0}
-            candidates = launches[-1].arguments[0]
-            assert candidates.numel() <= max(shape["B"], 16384) * 2048
-            assert candidates.shape[0] == shape["B"]
-            assert 2 <= len(launches) <= 6
+            candidates = launches[0].arguments[5]
+            assert candidates.numel() <= max(shape["users"], 16384) * 2048
+            assert candidates.shape[0] == shape["users"]
+            assert len(launches) == 1 if shape["results"] <= 128 else 2 <= len(launches) <= 6
             cost = entry.cost(shape, dtype)
-            assert cost.flops == 2 * shape["B"] * shape["N"] * shape["D"]
-            assert cost.bytes > shape["N"] * shape["D"] * dtype.itemsize
+            assert cost.flops == 2 * shape["users"] * shape["items"] * shape["width"]
+            assert cost.bytes > shape["items"] * shape["width"] * dtype.itemsize
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("dtype", TABLE_DTYPES)
 def test_entries_agree_with_their_twins(entry: Entry, dtype: torch.dtype, kernel_device: torch.device) -> None:
     torch.manual_seed(0)
-    inputs = entry.inputs({"B": 2, "N": 60, "D": 24, "K": 5, "L": 7}, dtype, kernel_device)
+    inputs = entry.inputs({"users": 2, "items": 60, "width": 24, "results": 5, "excluded": 7}, dtype, kernel_device)
     with guarded():
         _, scores = entry.run(**inputs)
     torch.testing.assert_close(scores, entry.twin(**inputs)[1], rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What `kernels.denoise_last` and `kernels.denoise_last_mlp` share on the host: checks, and the loop of their twins."""
+"""Reverse steps on the host: checks of what `denoise_last` and `denoise_last_mlp` are given, and their twins' loop."""
 
 from __future__ import annotations
 
