@@ -9,6 +9,7 @@ from torch import Tensor
 from adrec.data.dataset import Examples
 from adrec.engines import Engine
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
+from bench.places import pack_places
 from bench.record import Accuracy, Estimate
 
 RESULTS = 20
@@ -68,6 +69,7 @@ class AccuracyBook:
             engine_agreement_users=0 if agreement is None else sampled,
             engine_top20_overlap_fraction=own_overlap,
             engine_top20_overlap_users=sampled,
+            places_base64=pack_places(measured.ranks),
         )
 
     def _sample_lists(self, steps: int | None, seed: int, engine: Engine) -> Tensor:

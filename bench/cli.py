@@ -13,7 +13,12 @@ from rich.table import Table
 
 from adrec.commands.options import integers
 from adrec.errors import ConfigError, nearest
+from bench.comparing.commands import calibrate, compare
+from bench.compression.bench_command import bench_compress
+from bench.conversion.commands import convert
 from bench.kernels.bench_command import bench_kernels
+from bench.profiling.commands import profile, profile_steps
+from bench.running.commands import list_suites, run_suites, serving
 
 SPLITS = ("test", "validation")
 MOST_STEPS, MOST_USERS = 4095, 2**20
@@ -22,8 +27,17 @@ MOST_STEPS, MOST_USERS = 4095, 2**20
 def register(app: typer.Typer) -> None:
     """Add the `bench` group to the root application."""
     group = typer.Typer(help="Measure speed together with accuracy.", no_args_is_help=True)
+    group.command("list")(list_suites)
+    group.command("run")(run_suites)
     group.command("tradeoff")(tradeoff)
+    group.command("serving")(serving)
     group.command("report")(report)
+    group.command("compare")(compare)
+    group.command("calibrate")(calibrate)
+    group.command("convert")(convert)
+    group.command("profile")(profile)
+    group.command("profile-steps")(profile_steps)
+    group.command("compress")(bench_compress)
     group.command("kernels")(bench_kernels)
     group.command("env")(env)
     app.add_typer(group, name="bench")

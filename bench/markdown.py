@@ -20,8 +20,8 @@ def markdown_of(studies: Sequence[Sequence[TradeoffRecord]], title: str, command
     for records in studies:
         first = records[0]
         parts += [
-            f"## {_escaped(f'{first.dataset_name} ({first.split}), {first.protocol.device}')}",
-            "\n".join(f"- {_escaped(each)}" for each in recommendation(records)),
+            f"## {escaped(f'{first.dataset_name} ({first.split}), {first.protocol.device}')}",
+            "\n".join(f"- {escaped(each)}" for each in recommendation(records)),
             "### Pareto front and budgets",
             _budgets(records),
             "### All rows",
@@ -29,7 +29,7 @@ def markdown_of(studies: Sequence[Sequence[TradeoffRecord]], title: str, command
             "### All nine metrics",
             _table(accuracy_columns(), accuracy_rows(records)),
             "### Machine and protocol",
-            "\n".join(f"- {name}: {_escaped(value)}" for name, value in facts_of(records)),
+            "\n".join(f"- {name}: {escaped(value)}" for name, value in facts_of(records)),
         ]
     fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", command)), 3)
     parts += ["## Make this report again", f"{fence}\n{command}\n{fence}"]
@@ -40,7 +40,7 @@ def _budgets(records: Sequence[TradeoffRecord]) -> str:
     lines = ["| batch | Pareto front, fast to slow | knee | most accurate under |", "|---:|---|---|---|"]
     for size, front, bend, best in budget_table(records):
         under = "; ".join(f"{budget:g} ms: {label}" for budget, label in best) or "none within a second"
-        lines.append(f"| {size} | {_escaped(front)} | {_escaped(bend)} | {_escaped(under)} |")
+        lines.append(f"| {size} | {escaped(front)} | {escaped(bend)} | {escaped(under)} |")
     return "\n".join(lines)
 
 
@@ -48,13 +48,14 @@ def _table(columns: Sequence[Column], records: Sequence[TradeoffRecord]) -> str:
     # A column that is empty in every row only makes the table wider.
     used = [column for column in columns if any(column.text(record) for record in records)]
     lines = [
-        "| " + " | ".join(_escaped(column.title) for column in used) + " |",
+        "| " + " | ".join(escaped(column.title) for column in used) + " |",
         "|" + "|".join("---:" if column.numeric else "---" for column in used) + "|",
     ]
-    lines += ["| " + " | ".join(_escaped(column.text(record)) for column in used) + " |" for record in records]
+    lines += ["| " + " | ".join(escaped(column.text(record)) for column in used) + " |" for record in records]
     return "\n".join(lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text of one line in which nothing is Markdown."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", flat)

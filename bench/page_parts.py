@@ -6,7 +6,8 @@ import html
 from collections.abc import Sequence
 
 from bench.charts import Chart
-from bench.recommendation import budget_table, recommendation
+from bench.environment import Environment
+from bench.recommendation import budget_table, counted, recommendation
 from bench.record import TradeoffRecord
 from bench.tables import Column, accuracy_columns, accuracy_rows, main_columns
 
@@ -23,7 +24,7 @@ def study_section(
             _advice(recommendation(records), len([size for size in sizes if size])),
             _batch_choice(index, sizes),
             '<div class="charts">',
-            *(_figure(index, place, chart) for place, chart in enumerate(charts)),
+            *(figure_place(index, place, chart.title, chart.note) for place, chart in enumerate(charts)),
             "</div>",
             "<h2>Pareto front and budgets</h2>",
             _budgets(records),
@@ -34,7 +35,7 @@ def study_section(
             _table(accuracy_columns(), accuracy_rows(records)),
             "</details>",
             "<h2>Machine and protocol</h2>",
-            _facts(facts_of(records)),
+            facts_box(facts_of(records)),
             "</section>",
         ]
     )
@@ -46,7 +47,7 @@ def facts_of(records: Sequence[TradeoffRecord]) -> list[tuple[str, str]]:
     first = (timed or list(records))[0]
     memory = next((record.timing.peak_memory_meaning for record in timed if record.timing), "not measured")
     return [
-        *_machine_facts(first),
+        *machine_facts(first.environment, first.protocol.threads),
         ("Timing", _timing_words(first, timed)),
         (
             "Ratios",
@@ -63,13 +64,13 @@ def facts_of(records: Sequence[TradeoffRecord]) -> list[tuple[str, str]]:
     ]
 
 
-def _machine_facts(record: TradeoffRecord) -> list[tuple[str, str]]:
-    machine, revision = record.environment.machine, record.environment.revision
-    versions = record.environment.versions
+def machine_facts(environment: Environment, threads: int) -> list[tuple[str, str]]:
+    """Return (name, value) pairs on hardware, system, versions and revision."""
+    machine, revision, versions = environment.machine, environment.revision, environment.versions
     state = {True: "with uncommitted changes", False: "clean", None: "state unknown"}[revision.dirty]
     cores = (
         f"{machine.cores_physical or 'unknown'} physical, {machine.cores_logical} logical, "
-        f"{machine.cores_usable} usable; {record.protocol.threads} threads used"
+        f"{machine.cores_usable} usable; {counted(threads, 'thread')} used"
     )
     accelerators = [f"{each.name}, {each.memory_gib} GiB, driver {each.driver}" for each in machine.accelerators]
     load = machine.load_one_minute
@@ -124,11 +125,12 @@ def _batch_choice(index: int, sizes: Sequence[int]) -> str:
     )
 
 
-def _figure(index: int, place: int, chart: Chart) -> str:
-    title = html.escape(chart.title)
+def figure_place(index: int, place: int, title: str, note: str) -> str:
+    """Return where the page draws figure ``place`` of study ``index``."""
+    title = html.escape(title)
     return (
         f'<figure><h3>{title}</h3><div class="plot" role="img" aria-label="{title}" data-study="{index}" '
-        f'data-chart="{place}"></div><figcaption>{html.escape(chart.note)}</figcaption></figure>'
+        f'data-chart="{place}"></div><figcaption>{html.escape(note)}</figcaption></figure>'
     )
 
 
@@ -165,7 +167,8 @@ def _cell(column: Column, record: TradeoffRecord) -> str:
     return f'<td{kind} data-sort="{sort}">{html.escape(column.text(record))}</td>'
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
+def facts_box(facts: Sequence[tuple[str, str]]) -> str:
+    """Return a box of (name, value) pairs."""
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
     return f'<div class="box"><dl>{rows}</dl></div>'
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+class StageProgress(Protocol):
+    """What a sweep reports to."""
+
+    def update(self, stage: str, done_seconds: float, expected_seconds: float) -> None:
+        """Set a stage's seconds done and expected."""
 
 
 class SweepProgress:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from adrec.data.json_text import parse_json
-from adrec.errors import DataError
 from bench.environment import Environment, Frozen
+from bench.json_lines import LineWriter, read_json_lines
 
-SCHEMA_VERSION = 1
 BASELINE_MODEL = "sasrec+"
 POPULARITY = "popularity"
 
@@ -56,6 +51,7 @@ class Accuracy(Frozen):
     ``users``. Of this row's own engine, on ``engine_agreement_users`` sampled users, the mean top-20 overlap
     with ``measured_with`` at the same steps is ``engine_agreement_fraction``, and with the exact result
     ``engine_top20_overlap_fraction`` (that of ``engine_top20_overlap_users``; `None` in older records).
+    ``places_base64``: the place of every user's target in the top 20, see `bench.places` (`None` in older records).
     """
 
     metrics_percent: dict[str, Estimate]
@@ -68,6 +64,7 @@ class Accuracy(Frozen):
     engine_agreement_users: int = Field(ge=0)
     engine_top20_overlap_fraction: float | None = Field(None, ge=0, le=1)
     engine_top20_overlap_users: int = Field(0, ge=0)
+    places_base64: str | None = None
 
 
 class MeasuringProtocol(Frozen):
@@ -141,8 +138,8 @@ class TradeoffRecord(Frozen):
         )
 
 
-class RecordWriter:
-    """Appends records to a file, one flushed line each, so that an interrupted sweep keeps what it measured.
+class RecordWriter(LineWriter[TradeoffRecord]):
+    """Appends rows of a sweep to a file.
 
     Raises DataError when the file's existing content is not readable, a half-written last line included.
     """
@@ -150,42 +147,12 @@ class RecordWriter:
     def __init__(self, path: Path) -> None:
         if path.exists():
             read_records(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = path.open("a", encoding="utf-8")
-
-    def write(self, record: TradeoffRecord) -> None:
-        """Append one record and flush it to the disk."""
-        self._stream.write(_line(record))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
+        super().__init__(path)
 
 
 def read_records(path: Path) -> list[TradeoffRecord]:
     """Read and validate every line; DataError names the file, the line and the way out."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file of records; `adrec bench tradeoff RUN` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
-    lines = text.split("\n")
-    # A complete file ends with a newline, so that what follows the last one is a line cut short.
-    unfinished = lines.pop()
-    records = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if unfinished:
-        raise DataError(
-            f"{path}, line {len(lines) + 1}: the last line is half-written ({len(unfinished)} characters, no "
-            "line end), as after an interrupted run; delete that line to keep the records before it"
-        )
-    return records
+    return read_json_lines(path, TradeoffRecord.model_validate, "adrec bench tradeoff RUN")
 
 
 def latest_records(records: Sequence[TradeoffRecord]) -> list[TradeoffRecord]:
@@ -194,36 +161,3 @@ def latest_records(records: Sequence[TradeoffRecord]) -> list[TradeoffRecord]:
     for record in records:
         found[record.cell] = record
     return list(found.values())
-
-
-def _line(record: TradeoffRecord) -> str:
-    # JSON has no NaN: a record that holds one must fail here, not in the next reader.
-    return json.dumps(record.model_dump(mode="json"), allow_nan=False, separators=(",", ":")) + "\n"
-
-
-def _parse(path: Path, number: int, line: str) -> TradeoffRecord:
-    where = f"{path}, line {number}"
-    try:
-        content = parse_json(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); delete the line") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{where}: a record is a JSON object, this is a {type(content).__name__}; delete the line")
-    version = content.get("schema_version")
-    if version != SCHEMA_VERSION:
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            way_out = "it was written by a newer adrec: upgrade this one"
-        elif isinstance(version, int):
-            way_out = "it was written by an older adrec: measure again with this one"
-        else:
-            way_out = "it is not a record of `adrec bench`"
-        raise DataError(f"{where}: schema version {version!r}, this adrec reads {SCHEMA_VERSION}; {way_out}")
-    try:
-        return TradeoffRecord.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "record"
-        raise DataError(
-            f"{where}: field {field!r}: {first['msg']} ({error.error_count()} problem(s) in the line); "
-            "correct or delete the line"
-        ) from None

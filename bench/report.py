@@ -6,9 +6,10 @@ import html
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -80,8 +81,6 @@ def study_name(records: Sequence[TradeoffRecord]) -> str:
 
 def page_of(studies: Sequence[Sequence[TradeoffRecord]], command: str) -> str:
     """Return the complete HTML page."""
-    from plotly.offline import get_plotlyjs
-
     sections, figures = [], []
     for index, records in enumerate(studies):
         sizes = batch_sizes(records) or [0]
@@ -94,9 +93,22 @@ def page_of(studies: Sequence[Sequence[TradeoffRecord]], command: str) -> str:
         )
     rows = sum(len(records) for records in studies)
     measured = max(record.measured_at_utc for records in studies for record in records)
+    return render_page(TITLE, f"adrec bench: {rows} rows, last measured {measured}", sections, figures, command)
+
+
+def render_page(
+    title: str, subtitle: str, sections: Sequence[str], figures: Sequence[Mapping[str, Any]], command: str
+) -> str:
+    """Return a self-contained page with Plotly inlined.
+
+    sections: HTML, with places of `bench.page_parts.figure_place`. figures: for each study, Plotly figures by batch
+    size, or by ``all`` where there is no choice of one.
+    """
+    from plotly.offline import get_plotlyjs
+
     parts = {
-        "title": html.escape(TITLE),
-        "subtitle": html.escape(f"adrec bench: {rows} rows, last measured {measured}"),
+        "title": html.escape(title),
+        "subtitle": html.escape(subtitle),
         "studies": "\n".join(sections),
         "command": html.escape(command),
         "plotly": get_plotlyjs(),

@@ -17,7 +17,7 @@ from bench.accuracy import RESULTS, AccuracyBook, estimates
 from bench.cells import Cell, GroupTimer
 from bench.environment import Environment, read_environment
 from bench.plan import Plan
-from bench.progress import SweepProgress
+from bench.progress import StageProgress
 from bench.record import (
     BASELINE_MODEL,
     POPULARITY,
@@ -44,8 +44,9 @@ class Sweep:
     protocol: TimingProtocol
     device: torch.device
     command: str
-    progress: SweepProgress
+    progress: StageProgress
     _books: dict[str, AccuracyBook] = field(default_factory=dict)
+    _measured: dict[AccuracyKey, Accuracy | str] | None = None
 
     def __post_init__(self) -> None:
         self._clock: Clock = clock_for(self.device)
@@ -63,8 +64,13 @@ class Sweep:
         """Measure accuracy, then one group of cells a batch size; yield each row when it is complete."""
         for size in self.plan.batch_sizes:
             self.progress.update(_stage(size), 0.0, len(self._cells(size)) * self.protocol.seconds)
+        yield self.popularity_row()
+        for size in self.plan.batch_sizes:
+            yield from self.group(size)
+
+    def group(self, size: int) -> Iterator[TradeoffRecord]:
+        """Measure all settings of one batch size against each other; accuracy comes first, once for all sizes."""
         accuracies = self._accuracies()
-        yield self._popularity_row()
         timer = GroupTimer(
             engine=lambda cell: self._engine(cell.model, cell.engine),
             protocol=self.protocol,
@@ -74,14 +80,13 @@ class Sweep:
             longest=self.subject.run.config.max_length,
             results=self._results,
         )
-        for size in self.plan.batch_sizes:
-            batches = draw_batches(self.subject.examples.histories, size)
-            baseline = Cell(self._model, self.plan.baseline_engine, self.plan.exact_steps, size)
-            report = partial(self.progress.update, _stage(size))
-            for cell, timing in timer.measure(self._cells(size), baseline, batches, report).items():
-                # A model without steps draws no noise, so that its rows do not depend on the seed.
-                for seed in self.plan.seeds if cell.steps is not None else self.plan.seeds[:1]:
-                    yield self._row(cell, seed, timing, accuracies[_key(cell, seed)], len(batches))
+        batches = draw_batches(self.subject.examples.histories, size)
+        baseline = Cell(self._model, self.plan.baseline_engine, self.plan.exact_steps, size)
+        report = partial(self.progress.update, _stage(size))
+        for cell, timing in timer.measure(self._cells(size), baseline, batches, report).items():
+            # A model without steps draws no noise, so that its rows do not depend on the seed.
+            for seed in self.plan.seeds if cell.steps is not None else self.plan.seeds[:1]:
+                yield self._row(cell, seed, timing, accuracies[_key(cell, seed)], len(batches))
 
     def _cells(self, size: int) -> list[Cell]:
         cells = [Cell(self._model, engine, steps, size) for engine in self.plan.engines for steps in self.plan.steps]
@@ -90,6 +95,11 @@ class Sweep:
         return cells
 
     def _accuracies(self) -> dict[AccuracyKey, Accuracy | str]:
+        if self._measured is None:
+            self._measured = self._measure_accuracies()
+        return self._measured
+
+    def _measure_accuracies(self) -> dict[AccuracyKey, Accuracy | str]:
         # The exact step count comes first: every other row is compared with it.
         cells = sorted(self._cells(0), key=lambda cell: -(cell.steps or 0))
         keys = [_key(cell, seed) for cell in cells for seed in self.plan.seeds]
@@ -127,7 +137,8 @@ class Sweep:
             raise RuntimeError(f"engine {name!r} could not be made: {engine}")
         return engine
 
-    def _popularity_row(self) -> TradeoffRecord:
+    def popularity_row(self) -> TradeoffRecord:
+        """The accuracy of recommending the most popular items, which takes no time worth measuring."""
         cell = Cell(POPULARITY, "", None, 0)
         try:
             found = popularity_evaluation(self.subject.dataset.item_counts(), self.subject.examples)

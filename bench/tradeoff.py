@@ -78,7 +78,7 @@ def run_tradeoff(
         )
     plan = make_plan(engines, steps, batch_sizes, seeds, exact_steps=config.timesteps, known_engines=ENGINES.keys())
     notices = [*subject.notices, *plan.notices]
-    with _pinned_threads(threads), SweepProgress(console, quiet=quiet) as progress:
+    with pinned_threads(threads), SweepProgress(console, quiet=quiet) as progress:
         for notice in notices:
             progress.say(f"note: {notice}")
         sweep = Sweep(subject, plan, protocol, where, command, progress)
@@ -98,7 +98,9 @@ def run_tradeoff(
 
 
 @contextmanager
-def _pinned_threads(threads: int | None) -> Iterator[None]:
+def pinned_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads inside the block; None keeps its setting."""
+    """Let torch use so many CPU threads inside the block; `None` keeps its setting."""
     if threads is not None and threads < 1:
         raise ConfigError(f"--threads {threads}: at least 1 thread is needed; leave it out to keep torch's setting")
     before = torch.get_num_threads()

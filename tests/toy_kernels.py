@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels import _runtime
 from kernels._runtime import LIFT_DOTS, Launch, jit, kernel_op, launch, record_launches, runs_triton, tl
-from kernels.compilation import _compile_all, compile_cases, specialise
+from kernels._specialisation import specialise
+from kernels.compilation import _compile_all, compile_cases
 from kernels.inventory import Case, Cost, Entry, Shape
 from kernels.targets import TARGETS
 

@@ -6,15 +6,20 @@ Time is the host's, so that a kernel's row holds its launch too: `adrec bench ke
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from bench.kernels.measure import compare_results
+from bench.conversion.pytest_json import record_without_timing
+from bench.environment import printable_command, read_environment
+from bench.kernels.measure import compare_results, now_utc
+from bench.kernels.records import KernelRecord, Roof
 from bench.kernels.selection import dtype_name
+from bench.suites.measured import measuring
 from kernels import _runtime
-from kernels.inventory import Case, entries
+from kernels.inventory import Case, Cost, entries
 
 NATIVE = torch.cuda.is_available() and _runtime.AVAILABLE and not _runtime.INTERPRETED
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +47,7 @@ def test_kernel(benchmark: Any, case: Case, path: str) -> None:
     inputs = case.entry.inputs(case.shape, case.dtype, DEVICE)
     function = case.entry.run if path == "kernel" else case.entry.twin
     cost = case.entry.cost(case.shape, case.dtype)
-    ratio, _ = compare_results(function(**inputs), case.entry.twin(**inputs))
+    ratio, different = compare_results(function(**inputs), case.entry.twin(**inputs))
 
     def call() -> Any:
         result = function(**inputs)
@@ -50,6 +55,7 @@ def test_kernel(benchmark: Any, case: Case, path: str) -> None:
             torch.cuda.synchronize(DEVICE)
         return result
 
+    benchmark.group = f"{case.entry.name}, {case.shape_name}, {dtype_name(case.dtype)}"
     benchmark.extra_info.update(
         kernel=case.entry.name,
         path=path,
@@ -61,5 +67,31 @@ def test_kernel(benchmark: Any, case: Case, path: str) -> None:
         least_bytes=cost.bytes,
         least_flops=cost.flops,
         rms_ratio_to_twin=ratio,
+        **record_without_timing(row(case, path, cost, ratio, different)),
     )
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+
+
+def row(case: Case, path: str, cost: Cost, ratio: float | None, different: float | None) -> KernelRecord:
+    """The row of a case without its timing, which pytest-benchmark measures."""
+    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else ""
+    return KernelRecord(
+        measured_at_utc=now_utc(),
+        path=path,
+        baseline=path,
+        timing=None,
+        roof=Roof(
+            least_bytes=cost.bytes, least_flops=cost.flops, gpu=None, floor_us=None, bound=None,
+            floor_fraction=None, gigabytes_per_second=None,
+        ),
+        error=None,
+        protocol=measuring(str(DEVICE), name),
+        environment=read_environment(),
+        command=printable_command(sys.argv),
+        kernel=case.entry.name,
+        shape_name=case.shape_name,
+        shape=dict(case.shape),
+        dtype=dtype_name(case.dtype),
+        rms_ratio=ratio,
+        different_integers=different,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""All kinds of records in one place: reading a file without knowing which command wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from bench.calibration import CalibrationRecord
+from bench.json_lines import read_json_lines
+from bench.kernels.records import EngineRecord, KernelRecord
+from bench.profiling.record import ProfileRecord
+from bench.record import TradeoffRecord
+from bench.scaling.record import ScalingRecord
+from bench.serving.records import ServingRecord
+from bench.training_speed.record import TrainingRecord
+
+AnyRecord = (
+    TradeoffRecord
+    | KernelRecord
+    | EngineRecord
+    | ServingRecord
+    | CalibrationRecord
+    | ProfileRecord
+    | ScalingRecord
+    | TrainingRecord
+)
+ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(Annotated[AnyRecord, Field(discriminator="kind")])
+
+
+def read_any(path: Path) -> list[AnyRecord]:
+    """Read and validate the records of a file, of whatever kind; DataError names the line and the way out."""
+    return read_json_lines(path, ADAPTER.validate_python, "adrec bench")

@@ -1,0 +1,263 @@
+"""What two record files have in common: each record as a key, round medians, accuracy and the machine it ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+
+from bench.archive import AnyRecord
+from bench.calibration import CalibrationRecord
+from bench.environment import Environment
+from bench.kernels.records import EngineRecord, KernelRecord, Measured
+from bench.profiling.record import ProfileRecord
+from bench.record import Accuracy, TradeoffRecord
+from bench.scaling.record import ScalingRecord
+from bench.serving.records import ServingRecord
+from bench.training_speed.record import TrainingRecord
+
+Key = tuple[tuple[str, str], ...]
+"""Names and values that identify what was measured, in the order in which they are printed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured thing. ``rounds_ms``: median of each round; empty where nothing was timed.
+
+    ``users``: what must be equal for two accuracies to be of the same users. ``weights``: fingerprint of the model.
+    """
+
+    key: Key
+    rounds_ms: tuple[float, ...]
+    tail_ms: float | None
+    accuracy: Accuracy | None
+    error: str | None
+    users: tuple[str, ...]
+    weights: str
+    clock: str
+    device: str
+    threads: int
+    environment: Environment
+    measured_at_utc: str
+
+
+def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
+    """Rows by key; of several measurements of a thing the last counts. Calibrations and profiles are left out."""
+    found: dict[Key, Row] = {}
+    for record in records:
+        if isinstance(record, ScalingRecord):
+            found |= {row.key: row for row in _points(record)}
+        elif not isinstance(record, CalibrationRecord | ProfileRecord):
+            row = row_of(record)
+            found[row.key] = row
+    return found
+
+
+@singledispatch
+def row_of(record: object) -> Row:
+    """The row of a record; raises TypeError for what cannot be compared."""
+    raise TypeError(f"a {type(record).__name__} has nothing to compare")
+
+
+@row_of.register
+def _(record: TradeoffRecord) -> Row:
+    timing = record.timing
+    return Row(
+        key=_key(
+            model=record.model,
+            engine=record.engine,
+            steps=record.steps,
+            batch=record.batch_size_users,
+            seed=record.seed if record.steps is not None else None,
+            precision=record.precision,
+            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+            split=record.split,
+        ),
+        rounds_ms=tuple(timing.round_medians_ms) if timing else (),
+        tail_ms=timing.latency_ms_p95 if timing else None,
+        accuracy=record.accuracy,
+        error=record.error,
+        users=(record.dataset_fingerprint, record.split, str(record.dataset_users)),
+        weights=record.model_fingerprint,
+        clock=record.protocol.clock,
+        device=record.protocol.device,
+        threads=record.protocol.threads,
+        environment=record.environment,
+        measured_at_utc=record.measured_at_utc,
+    )
+
+
+@row_of.register
+def _(record: ServingRecord) -> Row:
+    summary, demand = record.summary, record.demand
+    return Row(
+        key=_key(
+            scenario=record.scenario,
+            model=record.model,
+            engine=record.engine,
+            steps=record.steps,
+            batch=demand.batch_most,
+            # A rate that followed from the throughput differs from run to run: its load is what was asked for.
+            load=demand.load,
+            rate=demand.arrivals_per_second if demand.load is None else None,
+            precision=record.precision,
+            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+            split=record.split,
+        ),
+        rounds_ms=tuple(summary.window_medians_ms) if summary else (),
+        tail_ms=summary.latency_ms_p95 if summary else None,
+        accuracy=record.accuracy,
+        error=record.error,
+        users=(record.dataset_fingerprint, record.split, str(record.accuracy.users if record.accuracy else 0)),
+        weights=record.model_fingerprint,
+        clock=record.clock,
+        device=record.device,
+        threads=record.threads,
+        environment=record.environment,
+        measured_at_utc=record.measured_at_utc,
+    )
+
+
+@row_of.register
+def _(record: KernelRecord) -> Row:
+    sizes = " ".join(f"{name}={size}" for name, size in record.shape.items())
+    return _measured(record, _key(kernel=record.kernel, path=record.path, shape=sizes, dtype=record.dtype))
+
+
+@row_of.register
+def _(record: EngineRecord) -> Row:
+    key = _key(
+        path=record.path,
+        steps=record.steps,
+        batch=record.batch_size_users,
+        items=record.items,
+        width=record.width,
+        tokens=record.history_tokens,
+        precision=record.precision,
+    )
+    return _measured(record, key)
+
+
+@row_of.register
+def _(record: TrainingRecord) -> Row:
+    timing = record.timing
+    return Row(
+        key=_key(
+            training=record.model,
+            batch=record.batch_size_users,
+            precision=record.precision,
+            width=record.width,
+            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+        ),
+        rounds_ms=tuple(timing.window_medians_ms) if timing else (),
+        tail_ms=timing.step_ms_p95 if timing else None,
+        accuracy=None,
+        error=record.error,
+        users=(),
+        weights="",
+        clock=record.clock,
+        device=record.device,
+        threads=record.threads,
+        environment=record.environment,
+        measured_at_utc=record.measured_at_utc,
+    )
+
+
+def _points(record: ScalingRecord) -> Iterator[Row]:
+    """A row for each point; the fitted exponent follows from them."""
+    for point in record.points:
+        sizes = {"items": record.items, "history": record.history, "batch": record.batch, record.axis: point.value}
+        key = _key(
+            axis=record.axis, path=record.path, steps=record.steps, width=record.width, precision=record.precision,
+            **sizes,
+        )  # fmt: skip
+        timing = point.timing
+        yield Row(
+            key=key,
+            rounds_ms=tuple(each / 1e3 for each in timing.round_medians_us) if timing else (),
+            tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
+            accuracy=None,
+            error=point.error,
+            users=(),
+            weights="",
+            clock=record.protocol.clock,
+            device=record.protocol.device,
+            threads=record.protocol.threads,
+            environment=record.environment,
+            measured_at_utc=record.measured_at_utc,
+        )
+
+
+def _measured(record: Measured, key: Key) -> Row:
+    timing = record.timing
+    return Row(
+        key=key,
+        rounds_ms=tuple(each / 1e3 for each in timing.round_medians_us) if timing else (),
+        tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
+        accuracy=None,
+        error=record.error,
+        users=(),
+        weights="",
+        clock=record.protocol.clock,
+        device=record.protocol.device,
+        threads=record.protocol.threads,
+        environment=record.environment,
+        measured_at_utc=record.measured_at_utc,
+    )
+
+
+def machine_differences(old: Row, new: Row) -> list[str]:
+    """In what the machines of two rows differ, so that their times say nothing about the code; empty for the same."""
+    return _differences(_machine_of(old), _machine_of(new))
+
+
+def machine_of(environment: Environment, device: str, threads: int, clock: str) -> dict[str, object]:
+    """What must be equal for two times to be comparable."""
+    machine = environment.machine
+    return {
+        "processor": machine.processor,
+        "physical cores": machine.cores_physical,
+        "logical cores": machine.cores_logical,
+        "usable cores": machine.cores_usable,
+        "threads": threads,
+        "memory, GiB": None if machine.memory_gib is None else round(machine.memory_gib),
+        "accelerators": ", ".join(each.name for each in machine.accelerators) or "none",
+        "device": device,
+        "clock": clock,
+    }
+
+
+def software_differences(old: Row, new: Row) -> list[str]:
+    """In what versions, system and governor differ: worth knowing, and often just what is being compared."""
+    before, after = old.environment, new.environment
+    names = sorted(before.versions.keys() | after.versions.keys())
+    return _differences(
+        {name: before.versions.get(name) for name in names}
+        | {"system": before.machine.system, "governor": before.machine.governor},
+        {name: after.versions.get(name) for name in names}
+        | {"system": after.machine.system, "governor": after.machine.governor},
+    )
+
+
+def label(key: Key, constant: Sequence[tuple[str, str]] = ()) -> str:
+    """A key in words, without what all rows share."""
+    return ", ".join(f"{name} {value}" for name, value in key if (name, value) not in constant) or "the only row"
+
+
+def shared_parts(keys: Sequence[Key]) -> list[tuple[str, str]]:
+    """The parts that all of several keys have; none of a single key's, which would leave it without a name."""
+    if len(keys) < 2:
+        return []
+    return [part for part in keys[0] if all(part in key for key in keys)]
+
+
+def _machine_of(row: Row) -> dict[str, object]:
+    return machine_of(row.environment, row.device, row.threads, row.clock)
+
+
+def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
+    return [f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+
+
+def _key(**parts: str | float | None) -> Key:
+    return tuple((name, str(value)) for name, value in parts.items() if value is not None)

@@ -1,0 +1,104 @@
+"""Verdicts on two measurements of the same thing, by bootstrap of what their records keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.places import metric_gains, unpack_places
+from bench.record import Accuracy, Estimate
+
+CONFIDENCE = 0.99
+LEAST_ROUNDS = 3
+RESAMPLES = 4000
+
+Verdict = Literal["slower", "faster", "no difference", "too noisy to tell", "fails now", "works now", "not measured"]
+
+
+@dataclass(frozen=True)
+class TimeChange:
+    """Ratio new / old of the median over rounds, its 99 % interval, and what it amounts to against the bound."""
+
+    ratio: Estimate | None
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AccuracyChange:
+    """New minus old of one metric, in percentage points, with its 95 % interval.
+
+    paired: resampled over the same users in both; else from the two separate intervals, which is wider.
+    """
+
+    metric: str
+    old_percent: float
+    difference: Estimate
+    paired: bool
+
+    def lower_by(self, bound: float) -> bool:
+        """Whether the loss surely exceeds ``bound``, a share of the old value."""
+        return self.difference.high < -bound * self.old_percent and self.difference.high < 0.0
+
+
+def judge_times(
+    old_ms: Sequence[float], new_ms: Sequence[float], bound: float, between_runs: float = 0.0, seed: int = 0
+) -> TimeChange:
+    """Compare round medians `[n]`, `[m]` in ms of two runs.
+
+    slower, faster: the whole 99 % interval of the ratio lies beyond the bound (a share, 0.05 for 5 %). no difference:
+    the whole interval lies within it. Else too noisy to tell, as with fewer than 3 rounds. between_runs: standard
+    deviation of the log time between runs of the same code, from a calibration, by which the interval widens.
+    """
+    if min(len(old_ms), len(new_ms)) < LEAST_ROUNDS:
+        few = min(len(old_ms), len(new_ms))
+        return TimeChange(None, "too noisy to tell", f"{few} rounds; {LEAST_ROUNDS} are needed")
+    generator = np.random.default_rng(seed)
+    old, new = np.log(np.asarray(old_ms)), np.log(np.asarray(new_ms))
+    changes = _medians(new, generator) - _medians(old, generator)
+    if between_runs > 0.0:
+        changes = changes + generator.normal(0.0, math.sqrt(2.0) * between_runs, RESAMPLES)
+    low, high = np.exp(np.quantile(changes, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    ratio = Estimate(value=math.exp(float(np.median(new) - np.median(old))), low=float(low), high=float(high))
+    slower, faster = 1.0 + bound, 1.0 / (1.0 + bound)
+    if low > slower:
+        return TimeChange(ratio, "slower")
+    if high < faster:
+        return TimeChange(ratio, "faster")
+    if faster <= low and high <= slower:
+        return TimeChange(ratio, "no difference")
+    return TimeChange(ratio, "too noisy to tell", "the interval crosses the bound")
+
+
+def compare_accuracy(old: Accuracy, new: Accuracy, metric: str, same_users: bool, seed: int = 0) -> AccuracyChange:
+    """Compare one metric; paired where both records keep the places of the same users, else independent."""
+    before, after = old.metrics_percent[metric], new.metrics_percent[metric]
+    if same_users and old.places_base64 and new.places_base64:
+        places = unpack_places(old.places_base64), unpack_places(new.places_base64)
+        if places[0].size == places[1].size > 0:
+            gains = metric_gains(places[1], metric) - metric_gains(places[0], metric)
+            return AccuracyChange(metric, before.value, _mean_interval(gains, seed), paired=True)
+    # The sum of two roughly normal errors: half-widths add in squares, on each side by itself.
+    down = math.hypot(after.value - after.low, before.high - before.value)
+    up = math.hypot(after.high - after.value, before.value - before.low)
+    value = after.value - before.value
+    return AccuracyChange(metric, before.value, Estimate(value=value, low=value - down, high=value + up), paired=False)
+
+
+def _medians(values: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    picks = generator.integers(0, values.size, (RESAMPLES, values.size))
+    medians: NDArray[np.float64] = np.median(values[picks], axis=1)
+    return medians
+
+
+def _mean_interval(gains: NDArray[np.float64], seed: int) -> Estimate:
+    # Most users are equal in both: resample counts of the distinct differences instead of users.
+    distinct, counts = np.unique(gains, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(gains.size, counts / gains.size, RESAMPLES)
+    low, high = np.quantile(drawn @ distinct / gains.size, [0.025, 0.975])
+    return Estimate(value=float(gains.mean()), low=float(low), high=float(high))

@@ -1,0 +1,176 @@
+"""pytest-benchmark's JSON of records, and records of its JSON.
+
+Every benchmark carries its record in ``extra_info.adrec_record``, without the machine where that is the file's own;
+``stats`` are over the record's round medians. The suites of `bench/suites` leave the record's timing out, which is then
+read from ``stats.data``. Rows without a time have no place among benchmarks and lie in ``adrec_untimed``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from adrec.data.json_text import parse_json
+from adrec.errors import DataError
+from bench.archive import ADAPTER, AnyRecord
+from bench.calibration import CalibrationRecord
+from bench.comparing.rows import Row, label, row_of
+from bench.conversion.statistics import statistics_of
+from bench.kernels.records import PathTiming
+from bench.profiling.record import ProfileRecord
+from bench.record import TimingSummary
+from bench.scaling.record import ScalingRecord
+
+RECORD, POSITION, UNTIMED, MACHINE = "adrec_record", "adrec_position", "adrec_untimed", "adrec"
+NOT_MEASURED = "not measured by pytest-benchmark"
+OPTIONS = {
+    "disable_gc": False,
+    "timer": "perf_counter",
+    "min_rounds": 1,
+    "max_time": 0.0,
+    "min_time": 0.0,
+    "warmup": True,
+}
+
+
+def pytest_json(records: Sequence[AnyRecord]) -> dict[str, Any]:
+    """Return the content of a file that pytest-benchmark loads and compares with; raises DataError without records."""
+    if not records:
+        raise DataError("there are no records to convert")
+    environment = records[0].environment.model_dump(mode="json")
+    revision = records[0].environment.revision
+    benchmarks, untimed = [], []
+    for position, record in enumerate(records):
+        content = record.model_dump(mode="json")
+        if content["environment"] == environment:
+            del content["environment"]
+        row = None if isinstance(record, CalibrationRecord | ProfileRecord | ScalingRecord) else row_of(record)
+        if row is None or not row.rounds_ms:
+            untimed.append({POSITION: position, RECORD: content})
+        else:
+            benchmarks.append(_benchmark(record, row, content, position))
+    return {
+        "machine_info": {
+            "node": "",
+            "processor": records[0].environment.machine.processor,
+            "cpu": {"brand_raw": records[0].environment.machine.processor},
+            MACHINE: environment,
+        },
+        "commit_info": {"id": revision.git or "unversioned", "dirty": bool(revision.dirty)},
+        "benchmarks": benchmarks,
+        "datetime": max(record.measured_at_utc for record in records),
+        "version": "4.0.0",
+        UNTIMED: untimed,
+    }
+
+
+def records_of(content: object, where: str) -> list[AnyRecord]:
+    """Records of a file's content, in their order; DataError names the benchmark that holds none."""
+    if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
+        raise DataError(f"{where}: not a file of pytest-benchmark: it has no list of 'benchmarks'")
+    machine = content.get("machine_info")
+    environment = machine.get(MACHINE) if isinstance(machine, dict) else None
+    untimed = content.get(UNTIMED, [])
+    found: list[tuple[int, AnyRecord]] = []
+    for number, entry in enumerate([*content["benchmarks"], *untimed]):
+        timed = number < len(content["benchmarks"])
+        name = str(entry.get("fullname", f"row {number}")) if isinstance(entry, dict) else f"row {number}"
+        holder = entry.get("extra_info") if timed and isinstance(entry, dict) else entry
+        record = holder.get(RECORD) if isinstance(holder, dict) else None
+        if not isinstance(record, dict) or not isinstance(holder, dict):
+            raise DataError(f"{where}: benchmark {name!r} holds no record of adrec; only its own suites' files convert")
+        full = {"environment": environment, **record}
+        if timed and full.get("timing") is None and full.get("kind") in ("tradeoff", "engine", "kernel"):
+            full["timing"] = _timing(full, entry.get("stats"), f"{where}: benchmark {name!r}")
+        try:
+            found.append((int(holder.get(POSITION, number)), ADAPTER.validate_python(full)))
+        except (ValidationError, ValueError, TypeError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise DataError(f"{where}: the record of benchmark {name!r} is damaged: {reason}") from None
+    return [record for _, record in sorted(found, key=lambda each: each[0])]
+
+
+def read_pytest_json(path: Path) -> list[AnyRecord]:
+    """Records of a file of pytest-benchmark; DataError says what is wrong with it."""
+    try:
+        return records_of(parse_json(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a JSON file of pytest-benchmark ({error})") from None
+
+
+def record_without_timing(record: BaseModel) -> dict[str, Any]:
+    """What a suite puts into ``extra_info``: a record whose machine and timing the file itself holds."""
+    content = record.model_dump(mode="json")
+    del content["environment"]
+    return {RECORD: content}
+
+
+def pytest_text(records: Sequence[AnyRecord]) -> str:
+    """The file as text."""
+    return json.dumps(pytest_json(records), allow_nan=False, indent=1) + "\n"
+
+
+def _benchmark(record: AnyRecord, row: Row, content: dict[str, Any], position: int) -> dict[str, Any]:
+    kind = content["kind"]
+    parts = dict(row.key)
+    group = ", ".join(
+        f"{name} {parts[name]}" for name in ("scenario", "kernel", "items", "batch", "data") if name in parts
+    )
+    extra: dict[str, Any] = dict(row.key)
+    if row.accuracy is not None:
+        extra["accuracy"] = {name: metric.value for name, metric in row.accuracy.metrics_percent.items()}
+    if row.weights:
+        extra["model_fingerprint"] = row.weights
+    return {
+        "group": f"{kind}: {group}" if group else kind,
+        "name": label(row.key),
+        "fullname": f"adrec/{kind}::{label(row.key)}",
+        "params": parts,
+        "param": label(row.key),
+        "extra_info": {**extra, POSITION: position, RECORD: content},
+        "options": OPTIONS,
+        "stats": statistics_of([each / 1e3 for each in row.rounds_ms]),
+    }
+
+
+def _timing(record: Mapping[str, Any], stats: object, where: str) -> dict[str, Any]:
+    data = stats.get("data") if isinstance(stats, dict) else None
+    if not data or not all(isinstance(each, int | float) and each > 0 for each in data):
+        raise DataError(f"{where} keeps no samples; write it with --benchmark-json, or add --benchmark-save-data")
+    milliseconds = 1e3 * np.asarray(data, dtype=np.float64)
+    p50, p95, p99 = (float(each) for each in np.quantile(milliseconds, [0.5, 0.95, 0.99]))
+    if record["kind"] != "tradeoff":
+        return PathTiming(
+            latency_us_p50=1e3 * p50,
+            latency_us_p95=1e3 * p95,
+            latency_us_p99=1e3 * p99,
+            round_medians_us=[round(1e3 * float(each), 4) for each in milliseconds],
+            calls=len(data),
+            rounds=len(data),
+            time_ratio_to_baseline=None,
+            peak_memory_mib=None,
+            peak_memory_meaning=NOT_MEASURED,
+        ).model_dump(mode="json")
+    return TimingSummary(
+        latency_ms_p50=p50,
+        latency_ms_p95=p95,
+        latency_ms_p99=p99,
+        round_medians_ms=[round(float(each), 6) for each in milliseconds],
+        calls=len(data),
+        rounds=len(data),
+        throughput_users_per_second=1e3 * float(record.get("batch_size_users") or 1) / p50,
+        time_ratio_to_baseline=None,
+        baseline_engine=str(record.get("engine") or ""),
+        baseline_steps=int(record.get("steps") or 0),
+        history_tokens_per_batch_mean=float(record.get("history_tokens", 0)),
+        peak_memory_mib=None,
+        peak_memory_meaning=NOT_MEASURED,
+        seed=int(record.get("seed", 0)),
+    ).model_dump(mode="json")

@@ -1,0 +1,146 @@
+"""Which units are done, so that a run that was stopped goes on without counting anything twice.
+
+Records of a unit are appended together; then one line of the journal says how long the file is now. What a crash left
+behind that line belongs to no finished unit and is cut off when the run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ValidationError
+
+from adrec.data.json_text import parse_json
+from adrec.errors import ConfigError, DataError
+from bench.environment import Frozen
+from bench.json_lines import json_line
+
+NAME = "journal.jsonl"
+
+
+class Settings(Frozen):
+    """What must be equal for a run to go on where another stopped."""
+
+    kind: Literal["settings"] = "settings"
+    schema_version: Literal[1] = 1
+    smoke: bool
+    run_fingerprint: str
+    dataset_fingerprint: str
+    users: int | None
+    seconds: float
+    engines: list[str]
+    device: str
+    threads: int
+    processor: str
+    adrec: str
+
+
+class Done(Frozen):
+    """A unit that is measured; ``bytes``: length of its suite's file after it. ``error``: of the unit as a whole."""
+
+    kind: Literal["done"] = "done"
+    unit: str
+    suite: str
+    records: int
+    failed: int
+    bytes: int
+    seconds: float
+    error: str | None
+
+
+class Journal:
+    """The journal of a folder. Raises ConfigError for one that exists, unless resumed with the same settings.
+
+    suites: names of all suites, whose files in the folder are the journal's to write and to cut.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, suites: Sequence[str], *, resume: bool) -> None:
+        self.folder, self.path, self.suites = folder, folder / NAME, suites
+        self.done: dict[str, Done] = {}
+        if not self.path.exists():
+            if resume:
+                raise ConfigError(f"--resume: {folder} holds no journal of an earlier run; leave --resume out")
+            for suite in suites:
+                if self.file_of(suite).exists():
+                    raise ConfigError(f"{self.file_of(suite)}: is not of a run of this kind; choose another --out")
+            folder.mkdir(parents=True, exist_ok=True)
+            self._append(self.path, json_line(settings))
+            return
+        if not resume:
+            raise ConfigError(f"{folder}: already holds results; pass --resume to go on, or choose another --out")
+        earlier, self.done = self._read()
+        differences = [
+            f"{name}: {getattr(earlier, name)} -> {getattr(settings, name)}"
+            for name in Settings.model_fields
+            if getattr(earlier, name) != getattr(settings, name)
+        ]
+        if differences:
+            raise ConfigError(
+                f"--resume: {folder} was measured with other settings ({'; '.join(differences)}), which do not belong"
+                " in one file; choose another --out"
+            )
+        self._cut()
+
+    def file_of(self, suite: str) -> Path:
+        """Records of a suite."""
+        return self.folder / f"{suite}.jsonl"
+
+    def keep(self, unit: str, suite: str, records: Sequence[BaseModel], seconds: float, error: str | None) -> Done:
+        """Append a finished unit's records, then its line."""
+        length = self._append(self.file_of(suite), "".join(json_line(record) for record in records))
+        failed = sum(getattr(record, "error", None) is not None for record in records) + (error is not None)
+        done = Done(
+            unit=unit,
+            suite=suite,
+            records=len(records),
+            failed=failed,
+            bytes=length,
+            seconds=round(seconds, 3),
+            error=error,
+        )
+        self._append(self.path, json_line(done))
+        self.done[unit] = done
+        return done
+
+    def _append(self, path: Path, text: str) -> int:
+        with path.open("ab") as stream:
+            stream.write(text.encode("utf-8"))
+            stream.flush()
+            os.fsync(stream.fileno())
+            return stream.tell()
+
+    def _read(self) -> tuple[Settings, dict[str, Done]]:
+        try:
+            text = self.path.read_bytes().decode("utf-8")
+            *lines, unfinished = text.split("\n")
+            settings = Settings.model_validate(parse_json(lines[0]))
+            done = [Done.model_validate(parse_json(line)) for line in lines[1:]]
+        except (OSError, ValueError, IndexError, ValidationError) as error:
+            reason = str(error).splitlines()[0] if str(error) else "empty"
+            raise DataError(
+                f"{self.path}: not a journal of `adrec bench run`, or damaged ({reason}); choose another --out"
+            ) from None
+        if unfinished:
+            # The line of a unit that a crash cut short: the unit is measured again.
+            self._truncate(self.path, len(text.encode("utf-8")) - len(unfinished.encode("utf-8")))
+        return settings, {each.unit: each for each in done}
+
+    def _cut(self) -> None:
+        lengths: dict[str, int] = {}
+        for each in self.done.values():
+            lengths[each.suite] = max(lengths.get(each.suite, 0), each.bytes)
+        for suite in {*self.suites, *lengths}:
+            path, kept = self.file_of(suite), lengths.get(suite, 0)
+            size = path.stat().st_size if path.exists() else 0
+            if size < kept:
+                raise DataError(f"{path}: is gone or shorter than the journal beside it says; choose another --out")
+            if path.exists():
+                self._truncate(path, kept)
+
+    @staticmethod
+    def _truncate(path: Path, length: int) -> None:
+        if path.stat().st_size > length:
+            os.truncate(path, length)

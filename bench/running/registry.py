@@ -1,0 +1,206 @@
+"""All suites. A suite makes its units from the user's choices; what cannot run here says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from pydantic import BaseModel
+
+from bench.running.unit import Context, Report, Unit
+
+
+@dataclass(frozen=True)
+class Suite:
+    """obstacle: why the suite cannot run in a context, or None."""
+
+    name: str
+    summary: str
+    units: Callable[[Context], list[Unit]]
+    obstacle: Callable[[Context], str | None] = lambda context: None
+
+
+class _StageReport:
+    """Hands the seconds of any stage to a unit's own progress."""
+
+    def __init__(self) -> None:
+        self.report: Report = lambda done, expected: None
+
+    def update(self, stage: str, done_seconds: float, expected_seconds: float) -> None:
+        self.report(done_seconds, expected_seconds)
+
+
+def _needs_gpu(context: Context) -> str | None:
+    from kernels import _runtime
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    return None if _runtime.AVAILABLE and not _runtime.INTERPRETED else "needs Triton, not interpreted"
+
+
+def _kernels(context: Context) -> list[Unit]:
+    from bench.kernels.measure import KernelBench, Timer
+    from bench.kernels.selection import choose_cases, dtype_name
+    from bench.timing import clock_for
+
+    timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
+    cases = choose_cases(shape="paper" if context.smoke else None)
+
+    def measure(case: object, report: Report) -> Iterable[BaseModel]:
+        return KernelBench(timer).rows([case], lambda stage, done, expected: report(done, expected))  # type: ignore[list-item]
+
+    return [
+        Unit(
+            f"kernels/{case.entry.name}/{case.shape_name}/{dtype_name(case.dtype)}",
+            4 * context.protocol.seconds,
+            partial(measure, case),
+        )
+        for case in cases
+    ]
+
+
+def _engines(context: Context) -> list[Unit]:
+    from bench.kernels.engine_sweep import Axes, EngineSweep
+    from bench.kernels.measure import Timer
+    from bench.timing import clock_for
+
+    timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
+    items, batches, steps = [12_000, 100_000], [1, 32, 512], [1, 4, 32]
+    if context.smoke:
+        items, batches, steps = [2000], [1, 16], [1, 4]
+
+    def measure(axes: Axes, report: Report) -> Iterable[BaseModel]:
+        return EngineSweep(timer, axes).rows(lambda stage, done, expected: report(done, expected))
+
+    return [
+        Unit(
+            f"engines/{size} items/batch {batch}/{count} steps",
+            len(context.engines) * context.protocol.seconds,
+            partial(measure, Axes(context.engines, (batch,), (count,), (size,))),
+        )
+        for size in items
+        for batch in batches
+        for count in steps
+    ]
+
+
+def _tradeoff(context: Context) -> list[Unit]:
+    from adrec.engines import ENGINES
+    from bench.plan import make_plan
+    from bench.sweep import Sweep
+
+    sizes = (1, 16) if context.smoke else (1, 32, 512)
+    progress = _StageReport()
+
+    @cache
+    def sweep() -> Sweep:
+        subject = context.subject
+        exact = subject.run.config.timesteps
+        steps = [count for count in (1, 4) if count <= exact] if context.smoke else None
+        plan = make_plan(context.engines, steps, sizes, (0,), exact_steps=exact, known_engines=ENGINES.keys())
+        return Sweep(subject, plan, context.protocol, context.device, context.command, progress)
+
+    def popularity(report: Report) -> Iterable[BaseModel]:
+        progress.report = report
+        yield sweep().popularity_row()
+
+    def group(size: int, report: Report) -> Iterable[BaseModel]:
+        progress.report = report
+        yield from sweep().group(size)
+
+    cells = len(context.engines) * (3 if context.smoke else 6) + 1
+    return [
+        Unit("tradeoff/popularity", context.protocol.seconds, popularity),
+        *(Unit(f"tradeoff/batch {size}", cells * context.protocol.seconds, partial(group, size)) for size in sizes),
+    ]
+
+
+def _serving(context: Context) -> list[Unit]:
+    from bench.serving.measure import SCENARIOS, Policy, ServingBench
+    from bench.serving.records import Scenario
+    from bench.serving.scenarios import Extent
+
+    extent = Extent(0.5, 20, 10.0) if context.smoke else Extent(60.0, 1024, 600.0)
+    engines = [name for name in context.engines if name != "reference"] or list(context.engines)
+
+    @cache
+    def bench() -> ServingBench:
+        policy = Policy(extent, batch_most=8 if context.smoke else 32)
+        return ServingBench(context.subject, policy, context.device, context.command)
+
+    def measure(scenario: Scenario, engine: str, steps: int, report: Report) -> Iterable[BaseModel]:
+        trained = context.subject.run.config.timesteps
+        yield bench().record(scenario, engine, min(steps, trained), report)
+
+    return [
+        Unit(
+            f"serving/{scenario}/{engine}/{steps} steps",
+            extent.seconds_least,
+            partial(measure, scenario, engine, steps),
+        )
+        for engine in engines
+        for steps in ((1,) if context.smoke else (1, 4, 32))
+        for scenario in SCENARIOS
+    ]
+
+
+def _training(context: Context) -> list[Unit]:
+    from adrec.config import TrainConfig
+    from bench.training_speed.measure import TrainingBench
+
+    @cache
+    def bench() -> TrainingBench:
+        steps = 4 if context.smoke else 60
+        return TrainingBench(context.subject.dataset, context.device, context.command, steps)
+
+    def measure(model: str, batch: int, precision: str, report: Report) -> Iterable[BaseModel]:
+        settings = context.subject.run.settings
+        config = settings.model if model == "adrec" else settings.model.baseline(settings.train or TrainConfig())
+        yield bench().record(config, batch, precision, report)
+
+    return [
+        Unit(f"training/{model}/batch {batch}/{precision}", 2.0 if context.smoke else 30.0, partial(measure, *cell))
+        for cell in [
+            (model, batch, precision)
+            for model in ("sasrec", "adrec")
+            for batch in ((32,) if context.smoke else (128, 512))
+            for precision in (("32-true",) if context.smoke else ("32-true", "bf16-mixed"))
+        ]
+        for model, batch, precision in [cell]
+    ]
+
+
+def _scaling(context: Context) -> list[Unit]:
+    from bench.kernels.measure import Timer
+    from bench.scaling.measure import Fixed, ScalingBench
+    from bench.scaling.record import Axis
+    from bench.timing import clock_for
+
+    timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
+    fixed = Fixed(items=2000, batch=4, steps=1, width=32) if context.smoke else Fixed()
+    bench = ScalingBench(timer, context.engines, fixed)
+    axes: dict[Axis, list[int]] = {
+        "items": [10_000, 30_000, 100_000, 300_000, 1_000_000],
+        "history": [1, 2, 5, 10, 20, 50, 100, 200],
+        "batch": [1, 4, 16, 64, 256, 1024, 4096],
+    }
+    if context.smoke:
+        axes = {"items": [1000, 4000, 16_000], "history": [1, 10, 50], "batch": [1, 8, 64]}
+
+    def measure(axis: Axis, report: Report) -> Iterable[BaseModel]:
+        return bench.records(axis, axes[axis], report)
+
+    seconds = len(context.engines) * context.protocol.seconds
+    return [Unit(f"scaling/{axis}", seconds * len(values), partial(measure, axis)) for axis, values in axes.items()]
+
+
+SUITES: tuple[Suite, ...] = (
+    Suite("kernels", "each Triton kernel against its eager twin, torch.compile and a copy", _kernels, _needs_gpu),
+    Suite("engines", "engines on a random model: catalogue x batch x steps", _engines),
+    Suite("tradeoff", "a run's speed and accuracy: engine x steps x batch", _tradeoff),
+    Suite("serving", "single stream, server with Poisson arrivals, offline, as in MLPerf", _serving),
+    Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training),
+    Suite("scaling", "growth with catalogue, history and batch: points and fitted exponent", _scaling),
+)

@@ -1,0 +1,1 @@
+"""Speed of training: tokens a second, time of an epoch, memory."""

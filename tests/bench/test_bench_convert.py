@@ -1,0 +1,215 @@
+"""Records as pytest-benchmark's JSON and back; its own statistics are the twin, its own compare the judge."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from adrec.errors import ConfigError, DataError
+from bench.archive import AnyRecord, read_any
+from bench.cli import register
+from bench.conversion.pytest_json import UNTIMED, pytest_json, records_of
+from bench.conversion.statistics import statistics_of
+from bench.json_lines import json_line
+from bench.kernels.engine_sweep import Axes, EngineSweep
+from bench.kernels.measure import Timer
+from bench.record import TradeoffRecord
+from bench.timing import Clock, TimingProtocol
+
+ROOT = Path(__file__).resolve().parents[2]
+
+stats_module = pytest.importorskip("pytest_benchmark.stats", reason="pytest-benchmark is not installed")
+
+
+@pytest.fixture(scope="module")
+def records(
+    tiny_records: list[TradeoffRecord], tiny_protocol: TimingProtocol, counting_clock: Clock
+) -> list[AnyRecord]:
+    """Rows of two kinds, one without a time in the middle and one that failed."""
+    timer = Timer(torch.device("cpu"), tiny_protocol, counting_clock, "adrec bench")
+    engines = EngineSweep(timer, Axes(("cached",), (2,), (1,), (30,), width=16)).rows(lambda *progress: None)
+    broken = tiny_records[2].model_copy(update={"timing": None, "error": "RuntimeError: no"})
+    return [tiny_records[1], tiny_records[0], broken, *engines, *tiny_records[3:]]
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40))
+def test_statistics_are_those_of_pytest_benchmark(seconds: list[float]) -> None:
+    twin = stats_module.Stats()
+    for each in seconds:
+        twin.update(each)
+    ours = statistics_of(seconds)
+    assert (ours.pop("data"), ours.pop("iterations")) == (seconds, 1)
+    theirs = twin.as_dict()
+    for name in ("outliers", "iqr_outliers", "stddev_outliers", "rounds"):
+        assert ours.pop(name) == theirs.pop(name)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_records_survive_the_round_trip(records: list[AnyRecord]) -> None:
+    content = json.loads(json.dumps(pytest_json(records), allow_nan=False))
+    assert records_of(content, "x.json") == records
+    assert len(content[UNTIMED]) == 2
+    assert len(content["benchmarks"]) == len(records) - 2
+    assert len({each["fullname"] for each in content["benchmarks"]}) == len(content["benchmarks"])
+    first = content["benchmarks"][0]
+    assert first["extra_info"]["engine"] == "reference"
+    assert "NDCG@20" in first["extra_info"]["accuracy"]
+    assert first["extra_info"]["model_fingerprint"] == records[0].model_dump()["model_fingerprint"]
+    assert "steps 1" in first["name"]
+    assert content["machine_info"]["node"] == ""
+
+
+def test_records_of_several_machines_keep_theirs(tiny_records: list[TradeoffRecord]) -> None:
+    environment = tiny_records[2].environment
+    moved = environment.model_copy(update={"machine": environment.machine.model_copy(update={"processor": "Other"})})
+    mixed: list[AnyRecord] = [tiny_records[1], tiny_records[2].model_copy(update={"environment": moved})]
+    content = pytest_json(mixed)
+    assert records_of(content, "x.json") == mixed
+    assert [("environment" in each["extra_info"]["adrec_record"]) for each in content["benchmarks"]] == [False, True]
+
+
+def without(content: dict[str, Any], *path: Any) -> dict[str, Any]:
+    copy: Any = json.loads(json.dumps(content))
+    place = copy
+    for step in path[:-1]:
+        place = place[step]
+    del place[path[-1]]
+    return copy  # type: ignore[no-any-return]
+
+
+def test_what_is_no_file_of_ours_is_named(tiny_records: list[TradeoffRecord]) -> None:
+    content = pytest_json(tiny_records[1:3])
+    for damaged, message in (
+        ([], "not a file of pytest-benchmark"),
+        ({"benchmarks": 3}, "not a file of pytest-benchmark"),
+        (without(content, "benchmarks", 0, "extra_info"), "'adrec/tradeoff::.*holds no record of adrec"),
+        (without(content, "benchmarks", 1, "extra_info", "adrec_record", "seed"), "is damaged: Field required"),
+        (without(content, "machine_info"), "is damaged"),
+        ({"benchmarks": [3]}, "'row 0' holds no record"),
+    ):
+        with pytest.raises(DataError, match=message):
+            records_of(damaged, "x.json")
+    with pytest.raises(DataError, match="no records to convert"):
+        pytest_json([])
+
+
+def test_times_of_a_suite_are_read_from_its_samples(tiny_records: list[TradeoffRecord]) -> None:
+    content = pytest_json([tiny_records[1]])
+    content["benchmarks"][0]["extra_info"]["adrec_record"]["timing"] = None
+    content["benchmarks"][0]["stats"]["data"] = [0.001, 0.002, 0.004]
+    (found,) = records_of(content, "x.json")
+    assert isinstance(found, TradeoffRecord)
+    assert found.timing is not None
+    assert found.timing.round_medians_ms == [1.0, 2.0, 4.0]
+    assert (found.timing.latency_ms_p50, found.timing.calls) == (2.0, 3)
+    assert found.timing.throughput_users_per_second == pytest.approx(1e3 * (found.batch_size_users or 0) / 2.0)
+    with pytest.raises(DataError, match="keeps no samples; write it with --benchmark-json"):
+        records_of(without(content, "benchmarks", 0, "stats", "data"), "x.json")
+
+
+def invoke(*arguments: str) -> Any:
+    app = typer.Typer()
+    register(app)
+    return CliRunner().invoke(app, ["bench", "convert", *arguments])
+
+
+def test_command_line(records: list[AnyRecord], tmp_path: Path) -> None:
+    lines, table, back = (tmp_path / name for name in ("rows.jsonl", "table.json", "back.jsonl"))
+    lines.write_text("".join(json_line(record) for record in records))
+    assert invoke(str(lines), str(table)).exit_code == 0
+    assert invoke(str(table), str(back)).exit_code == 0
+    assert read_any(back) == records
+    with pytest.raises(ConfigError, match=r"expected records\.jsonl benchmark\.json"):
+        raise invoke(str(lines), str(back)).exception
+    table.write_text("{broken")
+    with pytest.raises(DataError, match="not a JSON file of pytest-benchmark"):
+        raise invoke(str(table), str(back)).exception
+    with pytest.raises(DataError, match="no such file"):
+        raise invoke(str(tmp_path / "none.json"), str(back)).exception
+
+
+SUITE = '''
+"""A benchmark whose time a file says."""
+import pathlib
+
+class Clock:
+    now = 0.0
+
+def timer():
+    return Clock.now
+
+def work():
+    Clock.now += float(pathlib.Path(__file__).with_name("milliseconds").read_text()) / 1e3
+
+def test_work(benchmark):
+    benchmark.pedantic(work, rounds=5)
+'''
+
+
+def run_suite(folder: Path, milliseconds: float, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "milliseconds").write_text(str(milliseconds))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(folder),
+        "-c",
+        "/dev/null",
+    ]
+    command += ["--benchmark-timer=bench_work.timer", *options, "bench_work.py"]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(folder), "PATH": ""}
+    )
+
+
+def test_compare_fail_works_against_a_saved_run_and_against_converted_records(
+    tmp_path: Path, tiny_records: list[TradeoffRecord]
+) -> None:
+    (tmp_path / "bench_work.py").write_text(SUITE)
+    content = pytest_json([tiny_records[1]])
+    # As our records would say of the same benchmark: 10 ms in each round.
+    content["benchmarks"][0] |= {"fullname": "bench_work.py::test_work", "stats": statistics_of([0.01] * 5)}
+    (tmp_path / "0001_ours.json").write_text(json.dumps(content))
+    against = ["--benchmark-compare=0001_ours.json", "--benchmark-compare-fail=median:5%"]
+    same = run_suite(tmp_path, 10.2, *against)
+    assert same.returncode == 0, same.stdout + same.stderr
+    slow = run_suite(tmp_path, 11.0, *against)
+    assert slow.returncode != 0
+    assert "Performance has regressed" in slow.stdout + slow.stderr
+    assert "median" in slow.stdout + slow.stderr
+
+
+@pytest.mark.slow
+def test_the_suite_of_engines_converts_with_the_accuracy_of_a_run(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/suites/bench_engines.py"]
+    command += ["--benchmark-only", f"--benchmark-json={out}", f"--adrec-run={tiny_run}", "-k", "batch1"]
+    # Triton's interpreter, which other tests switch on, is no engine to time.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = records_of(json.loads(out.read_text()), "out.json")
+    # Two engines at 1 and 4 steps; the run has no 32.
+    assert {(each.engine, each.steps) for each in found if isinstance(each, TradeoffRecord)} == {
+        (engine, steps) for engine in ("reference", "cached") for steps in (1, 4)
+    }
+    for each in found:
+        assert isinstance(each, TradeoffRecord)
+        assert each.accuracy is not None
+        assert each.timing is not None
+        assert each.timing.rounds == 5
