@@ -24,7 +24,7 @@ from adrec.config import ModelConfig, RunConfig, StrictModel, load_yaml, parse
 from adrec.data.dataset import Dataset, tool_version
 from adrec.errors import ConfigError, RunError
 from adrec.files import replacing, write_text
-from adrec.models import build_model
+from adrec.models import build_model, quantization_of
 from adrec.models.base import SequenceModel
 
 CONFIG, WEIGHTS, ITEMS, RUN_FILE, METRICS_FILE = (
@@ -96,6 +96,12 @@ def save_run(
     path: Path, settings: RunConfig, model: SequenceModel, dataset: Dataset, data_path: str, metrics: Mapping[str, Any]
 ) -> None:
     """Write a run's files into ``path`` (made when missing), each whole or not at all; ``run.json`` comes last."""
+    formats = quantization_of(model)
+    if formats != settings.quantization:
+        raise RunError(
+            f"{path}: the settings say quantization {settings.quantization}, but the model has {formats}; pass settings"
+            " with quantization_of(model)"
+        )
     path.mkdir(parents=True, exist_ok=True)
     (path / RUN_FILE).unlink(missing_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -139,10 +145,11 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     metrics = _read(path / METRICS_FILE, _json)
     if model_fingerprint(state) != info.model_fingerprint:
         raise RunError(f"{path / WEIGHTS}: the weights do not match the fingerprint in {RUN_FILE}; restore the file")
-    model = build_model(settings.model)
     try:
+        model = build_model(settings.model, settings.quantization)
+        _check_dtypes(model.state_dict(), state)
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (ConfigError, RuntimeError) as error:
         raise RunError(f"{path}: {CONFIG} does not describe the weights: {error}") from None
     if items.num_rows != settings.model.items:
         raise RunError(f"{path / ITEMS}: {items.num_rows} items, but the model has {settings.model.items}")
@@ -152,6 +159,13 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     counts[1:] = torch.from_numpy(items["count"].to_numpy().copy())
     raw = items["raw"].combine_chunks()
     return Run(path, settings, info, model.to(device).eval(), raw, counts, metrics)
+
+
+def _check_dtypes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    # Loading would convert them, and make other numbers of what was stored.
+    for name in expected.keys() & found.keys():
+        if expected[name].dtype != found[name].dtype:
+            raise ConfigError(f"{name} is {found[name].dtype}; expected {expected[name].dtype}")
 
 
 Content = TypeVar("Content")

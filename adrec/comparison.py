@@ -9,20 +9,26 @@ from typing import Any, Literal
 import torch
 
 from adrec.checkpoint import Run
+from adrec.config import ServingConfig
 from adrec.data.dataset import Dataset
 from adrec.engines import Engine, make_engine
 from adrec.evaluation import (
+    Evaluation,
     Interval,
     evaluate,
+    kept_percent,
     length_groups,
     popularity_evaluation,
     popularity_groups,
     stratify,
 )
+from adrec.respacing import Steps, sampler_name
 
 Split = Literal["validation", "test"]
-System = tuple[str, Engine | None, int | None, int]
+System = tuple[str, Engine | None, Steps, int]
 """Name, engine (None: popularity), steps, seed."""
+KEPT = "NDCG@20 kept"
+"""NDCG@20 in percent of that with every trained step, users resampled in pairs."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Comparison:
     baseline: Run | None
     dataset: Dataset
     split: Split
-    steps: Sequence[int]
+    steps: Sequence[int | ServingConfig]
     seeds: Sequence[int]
     engine: str
     exclusions: Sequence[bool]
@@ -41,9 +47,10 @@ class Comparison:
     batch_size: int
 
     def rows(self, progress: Callable[[int, int], None] = lambda done, total: None) -> list[dict[str, Any]]:
-        """One row for each system, step count, seed, exclusion and group; metrics as value, low and high in percent.
+        """One row for each system, plan, seed, exclusion and group; metrics as value, low and high in percent.
 
-        progress: called with the rankings done and their total.
+        Rows of adrec also say what share of the accuracy is kept, where T DDPM steps are among the plans. progress:
+        called with the rankings done and their total.
         """
         examples = self.dataset.examples(self.split)
         groups = {"all": torch.ones(len(examples), dtype=torch.bool)}
@@ -51,14 +58,15 @@ class Comparison:
             groups |= popularity_groups(examples.targets, self.dataset.item_counts())
             groups |= length_groups(examples.histories.lengths)
         passes = [(system, exclude) for system in self._systems() for exclude in self.exclusions]
-        rows, done = [], 0
+        results: list[Evaluation] = []
+        done = 0
 
         def advance(users: int) -> None:
             nonlocal done
             done += users
             progress(done, len(passes) * len(examples))
 
-        for (name, engine, steps, seed), exclude in passes:
+        for (_, engine, steps, seed), exclude in passes:
             if engine is None:
                 result = popularity_evaluation(self.dataset.item_counts(), examples, exclude_history=exclude)
                 advance(len(examples))
@@ -72,11 +80,38 @@ class Comparison:
                     exclude_history=exclude,
                     progress=advance,
                 )
+            results.append(result)
+        rows = []
+        for ((name, engine, steps, seed), exclude), result in zip(passes, results, strict=True):
+            diffuses = engine is not None and name == "adrec"
+            head: dict[str, Any] = {"system": name, "steps": "-", "sampler": "-", "seed": seed}
+            if diffuses:
+                head |= {"steps": self._count(steps), "sampler": sampler_name(steps), "mean steps": result.mean_steps}
+            if isinstance(steps, ServingConfig):
+                head["times"] = None if steps.times is None else list(steps.times)
+            exact = self._exact(passes, results, seed, exclude) if diffuses else None
             for group, (users, metrics) in stratify(result.ranks, groups).items():
-                head = {"system": name, "steps": steps or "-", "seed": seed, "group": group, "users": users}
-                head["own items"] = "left out" if exclude else "ranked"
-                rows.append(head | {metric: _values(interval) for metric, interval in metrics.items()})
+                row = head | {"group": group, "users": users, "own items": "left out" if exclude else "ranked"}
+                row |= {metric: _values(interval) for metric, interval in metrics.items()}
+                if exact is not None:
+                    kept = kept_percent(result.ranks[groups[group]], exact.ranks[groups[group]])
+                    row[KEPT] = None if kept is None else _values(kept)
+                rows.append(row)
         return rows
+
+    def _count(self, steps: Steps) -> int:
+        trained = self.run.settings.model.timesteps
+        return steps.count(trained) if isinstance(steps, ServingConfig) else steps or trained
+
+    def _exact(
+        self, passes: list[tuple[System, bool]], results: list[Evaluation], seed: int, exclude: bool
+    ) -> Evaluation | None:
+        """The run with every trained step, same seed and exclusion, if it is among the passes."""
+        wanted = ("adrec", self.run.settings.model.timesteps, seed, exclude)
+        for ((name, _, steps, drawn), left_out), result in zip(passes, results, strict=True):
+            if (name, steps, drawn, left_out) == wanted:
+                return result
+        return None
 
     def _systems(self) -> list[System]:
         systems: list[System] = [("popularity", None, None, 0)]

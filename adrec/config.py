@@ -7,6 +7,7 @@ The defaults are the paper's where they say nothing else. Those that differ were
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,9 @@ from adrec.errors import ConfigError, nearest
 from adrec.schedule import ScheduleName, diffusion_table, named_betas
 
 Positions = Literal["none", "learned", "released"]
+Sampler = Literal["ddpm", "ddim", "dpm++2m"]
+LayerFormatName = Literal["int8", "int8-dynamic", "int4", "fp8", "bf16"]
+TableFormatName = Literal["int8", "int4", "fp8", "bf16"]
 
 
 class StrictModel(BaseModel):
@@ -119,12 +123,140 @@ class TrainConfig(StrictModel):
     logits_budget: int = Field(2**20, ge=1, description="logits held at a time by the chunked cross-entropy, elements")
 
 
+class EarlyStop(StrictModel):
+    """Stop a user's reverse process once the best items, in order, have not changed for ``patience`` steps in a row.
+
+    Every step then ranks the catalogue: N D multiply-adds a user, as many as N / (12 D) transformer blocks. So it pays
+    only for small catalogues or large denoisers whose lists settle early. At the paper's lambda they settle after two
+    steps, where one gives the same; at larger ones they go on changing until late.
+    """
+
+    top: int = Field(20, ge=1, description="K, how many of the best items must stay")
+    patience: int = Field(1, ge=1, description="steps in a row whose best K are those of the step before")
+
+
+class ServingConfig(StrictModel):
+    """How a run is sampled where the caller does not say.
+
+    A run without these settings is served with one DDPM step, as before there were any.
+    """
+
+    sampler: Sampler = "ddpm"
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="of ddim: 0 is deterministic, 1 has DDPM's posterior variance")
+    times: tuple[int, ...] | None = Field(None, min_length=1, description="trained steps kept, rising; null: all T")
+    start: Literal["noise", "zero"] = Field(
+        "noise", description="x_T: drawn, or zero, its mean; one step from zero draws nothing at all"
+    )
+    early_stop: EarlyStop | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServingConfig:
+        if self.eta != 0.0 and self.sampler != "ddim":
+            raise ValueError(f"eta is {self.eta}, but only sampler 'ddim' has one; leave it out of '{self.sampler}'")
+        times = self.times or (0,)
+        if times[0] < 0 or any(after <= before for before, after in pairwise(times)):
+            raise ValueError(f"times are {list(times)}; allowed: trained steps from 0 on, each above the one before")
+        return self
+
+    def count(self, trained_steps: int) -> int:
+        """Reverse steps of these settings, for a model trained with ``trained_steps``."""
+        return trained_steps if self.times is None else len(self.times)
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ConfigError where a model cannot be sampled like this."""
+        if model.model != "adrec":
+            raise ConfigError(
+                f"a '{model.model}' model has no reverse steps, so it cannot be served by settings of them"
+            )
+        if self.times is not None and self.times[-1] >= model.timesteps:
+            raise ConfigError(
+                f"times hold {self.times[-1]}; allowed: 0 to {model.timesteps - 1}, the steps that were trained"
+            )
+        if self.early_stop is not None and self.early_stop.top > model.items:
+            raise ConfigError(
+                f"early_stop.top is {self.early_stop.top}; allowed: 1 to {model.items}, the size of the catalogue"
+            )
+
+
+class LayerFormat(StrictModel):
+    """How a linear layer is stored, and what it computes with.
+
+    int8: a scale for each output. int8-dynamic: the same weights, and inputs rounded to int8 row by row, so that the
+    product is one of integers. int4: a scale for each group of inputs. fp8: e4m3 with a scale for each output. All but
+    int8-dynamic multiply by the numbers that the stored ones stand for, in ``compute``.
+    """
+
+    format: LayerFormatName
+    group_size: int | None = Field(None, ge=2, description="inputs that share a scale, int4 only; divides the inputs")
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: inputs, weights and products rounded to it, sums in float32"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LayerFormat:
+        _check_group(self.format, self.group_size)
+        if self.format == "int8-dynamic" and self.compute != "float32":
+            raise ValueError(f"compute is {self.compute}, but int8-dynamic computes with integers; leave it out")
+        return self
+
+
+class ProductQuantization(StrictModel):
+    """Candidates by 4-bit product quantisation of the item table (FAISS), scored exactly by the stored table."""
+
+    subspaces: int = Field(ge=2, description="codes of 4 bits an item; even, divides the width")
+    candidates: int = Field(10, ge=1, description="candidates for each result asked for")
+
+
+class TableFormat(StrictModel):
+    """How the item table is stored: a scale for each row (int8, fp8), or for each group of a row (int4)."""
+
+    format: TableFormatName
+    group_size: int | None = Field(None, ge=2, description="dimensions that share a scale, int4 only; divides D")
+    product: ProductQuantization | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TableFormat:
+        _check_group(self.format, self.group_size)
+        return self
+
+
+def _check_group(name: str, group_size: int | None) -> None:
+    if name == "int4" and group_size is None:
+        raise ValueError("int4 needs group_size, such as 32")
+    if name != "int4" and group_size is not None:
+        raise ValueError(f"group_size is {group_size}, but only int4 has groups; leave it out of '{name}'")
+
+
+class QuantizationConfig(StrictModel):
+    """Formats of the linear layers, by name, and of the item table; what is not named is stored in float32."""
+
+    layers: dict[str, LayerFormat] = Field(default_factory=dict)
+    table: TableFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizationConfig:
+        if not self.layers and self.table is None:
+            raise ValueError("neither layers nor table has a format; leave quantization out")
+        return self
+
+
 class RunConfig(StrictModel):
     """Contents of a run's ``config.yaml``."""
 
     schema_version: Literal[1] = 1
     model: ModelConfig
     train: TrainConfig | None = None
+    serving: ServingConfig | None = None
+    quantization: QuantizationConfig | None = None
+
+    @model_validator(mode="after")
+    def _servable(self) -> RunConfig:
+        if self.serving is not None:
+            try:
+                self.serving.check(self.model)
+            except ConfigError as error:
+                raise ValueError(f"serving and model do not fit: {error}") from None
+        return self
 
 
 Settings = TypeVar("Settings", bound=StrictModel)
@@ -166,4 +298,6 @@ def _explain(kind: type[BaseModel], issue: Any) -> str:
         return f"{key} is {issue['input']!r}; expected a section of settings (key: value lines)"
     if issue["type"] == "missing":
         return f"{key} is missing"
-    return f"{key} is {issue['input']!r}; {'' if issue['type'] == 'value_error' else 'allowed: '}{reason}"
+    # A whole section at odds with itself is not repeated: the reason names its values.
+    value = key if isinstance(issue["input"], dict) else f"{key} is {issue['input']!r}"
+    return f"{value}; {'' if issue['type'] == 'value_error' else 'allowed: '}{reason}"

@@ -104,6 +104,12 @@ class NoiseSource(Protocol):
     def __call__(self, draw: int) -> Tensor:
         """Return `[B, D]` float32."""
 
+    def zeros(self) -> Tensor:
+        """Return zeros where a draw would be, `[B, D]` float32."""
+
+    def select(self, rows: Tensor) -> NoiseSource:
+        """The noise of some rows `[R]`, in that order."""
+
 
 @dataclass(frozen=True)
 class PhiloxNoise:
@@ -115,6 +121,9 @@ class PhiloxNoise:
 
     def __call__(self, draw: int) -> Tensor:
         return philox.row_noise(self.seed, self.row_keys, draw, self.width)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.row_keys.numel(), self.width, device=self.row_keys.device)
 
     def select(self, rows: Tensor) -> PhiloxNoise:
         """The noise of some rows `[R]`, in that order."""
@@ -129,6 +138,9 @@ class ExplicitNoise:
 
     def __call__(self, draw: int) -> Tensor:
         return self.values[draw]
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self.values[0])
 
     def select(self, rows: Tensor) -> ExplicitNoise:
         """The noise of some rows `[R]`, in that order."""

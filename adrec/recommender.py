@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from adrec.checkpoint import Run, load_run
+from adrec.config import ServingConfig
 from adrec.data.item_index import ItemIndex
 from adrec.data.jagged import Jagged
 from adrec.devices import check_device
 from adrec.engines import Engine, make_engine
 from adrec.errors import AdrecError, ConfigError, nearest
+from adrec.respacing import Steps
 from kernels.philox import ROW_KEYS
 
 Source = Literal["model", "popularity"]
@@ -53,17 +55,22 @@ class Recommender:
 
     @classmethod
     def load(cls, run: str | Path, engine: str = "cached", device: str = "cpu") -> Recommender:
-        """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine or device."""
+        """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine or device.
+
+        Raises NotSupportedError where the engine cannot sample as the run's settings say.
+        """
         check_device(device)
         loaded = load_run(run, device)
-        return cls(loaded, make_engine(engine, loaded.model))
+        recommender = cls(loaded, make_engine(engine, loaded.model))
+        recommender.engine.table(loaded.settings.serving or 1)
+        return recommender
 
     def recommend(
         self,
         histories: Sequence[Sequence[Any]],
         k: int = 20,
         *,
-        steps: int | None = 1,
+        steps: Steps | Literal["run"] = "run",
         seed: int = 0,
         unknown: Literal["drop", "raise"] = "drop",
         exclude_history: bool = False,
@@ -72,13 +79,17 @@ class Recommender:
     ) -> list[Recommendation]:
         """Recommend ``k`` items for each history (raw item ids, oldest first).
 
-        steps: reverse steps, 1 to T; None runs the T the model was trained with. seed: of the noise; the result is a
-        function of (history, seed, steps), or of (user key, history, seed, steps) with ``user_keys`` in [0, 2^39), and
-        of nothing else. unknown: drop items the model does not know and count them, or raise UnknownItemError. A
-        history without a known item gets the most popular items, with ``source="popularity"`` and one warning.
+        steps: reverse steps, 1 to T, evenly spaced; None runs the T the model was trained with; a `ServingConfig` says
+        more; "run" is what the run's settings say (``serving``), one step where they say nothing. seed: of the noise;
+        the result is a function of (history, seed, steps), or of (user key, history, seed, steps) with ``user_keys`` in
+        [0, 2^39), and of nothing else. unknown: drop items the model does not know and count them, or raise
+        UnknownItemError. A history without a known item gets the most popular items, with ``source="popularity"`` and
+        one warning.
         exclude_history: leave out the user's own items; a list is shorter than k when too few are left. Raises
         ConfigError for a k outside 1..N or steps outside 1..T (1 for a SASRec+ run, which has none).
         """
+        if steps == "run":
+            steps = self.run.settings.serving or 1
         self._check(k, steps, unknown, batch_size)
         if user_keys is not None and len(user_keys) != len(histories):
             raise ConfigError(f"{len(user_keys)} user keys for {len(histories)} histories; give one each or none")
@@ -111,7 +122,9 @@ class Recommender:
     def _check(self, k: Any, steps: Any, unknown: str, batch_size: Any) -> None:
         model = self.run.settings.model
         check_whole(k, "k", 1, model.items, "the size of the catalogue")
-        if steps is not None:
+        if isinstance(steps, ServingConfig):
+            self.engine.table(steps)
+        elif steps is not None:
             longest = model.timesteps if model.model == "adrec" else 1
             meaning = (
                 "the steps it was trained with" if model.model == "adrec" else "a SASRec+ run has no reverse steps"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -97,7 +97,8 @@ class DiffusionTable:
     time: `[S]` int64, the trained step each row stands for (what the time embedding is given).
     signal, noise: `[S]` float32, sqrt(abar) and sqrt(1 - abar).
     from_x0, from_xt, sigma: `[S]` float32; ``x_{t-1} = from_x0 x0_hat + from_xt x_t + sigma eps``.
-    trained_steps: T of the schedule that was respaced.
+    trained_steps: T of the schedule that was respaced. starts_noisy: x_T is noise; else zero, its mean.
+    from_previous: `[S]` float32, what a multistep sampler adds of the x0_hat one step before; None for all others.
     """
 
     time: Tensor
@@ -107,6 +108,8 @@ class DiffusionTable:
     from_xt: Tensor
     sigma: Tensor
     trained_steps: int
+    starts_noisy: bool = True
+    from_previous: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -156,16 +159,20 @@ def spaced_times(trained_steps: int, steps: int) -> np.ndarray:
     return np.round(np.linspace(0, trained_steps - 1, steps)).astype(np.int64)
 
 
-def respace(betas: np.ndarray, steps: int) -> DiffusionTable:
-    """Sample a schedule trained with T steps in ``steps`` of them: ``beta'_i = 1 - abar[t_i] / abar[t_(i-1)]``.
+def respace(betas: np.ndarray, steps: int | Sequence[int] | np.ndarray) -> DiffusionTable:
+    """Sample a schedule trained with T steps in fewer of them: ``beta'_i = 1 - abar[t_i] / abar[t_(i-1)]``.
 
-    ``steps == T`` returns the trained table itself. Raises ConfigError outside 1..T.
+    steps: how many, evenly spaced, or which, rising. All T give the trained table itself. Raises ConfigError outside
+    1..T, and for trained steps that do not rise or lie outside 0..T - 1.
     """
-    time = spaced_times(len(betas), steps)
-    if steps == len(betas):
+    trained = len(betas)
+    time = spaced_times(trained, steps) if isinstance(steps, int) else np.asarray(steps, dtype=np.int64)
+    if len(time) == 0 or time[0] < 0 or time[-1] >= trained or not np.all(np.diff(time) > 0):
+        raise ConfigError(f"the trained steps kept are {time.tolist()}; allowed: rising, from 0 to {trained - 1}")
+    if len(time) == trained:
         return diffusion_table(betas)
     alpha_bar = np.cumprod(1.0 - betas)[time]
-    return diffusion_table(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), time, trained_steps=len(betas))
+    return diffusion_table(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), time, trained_steps=trained)
 
 
 def _float(values: np.ndarray) -> Tensor:

@@ -55,7 +55,8 @@ def denoise_update(
     float32, (a, b, s) by row; row: which one, int or `[1]` int64 on the device, read there, so that a captured graph
     replays any step. seed: int or `[1]` int64 on the device. row_keys: `[B]` int64 in ``[0, 2^39)``, by default the
     place in the batch. draw: 0..4095, int or `[1]` int64 on the device; by default ``S - row``, the place of the step
-    in a walk from row S - 1 down, as `adrec.sampler.ddpm` counts. noise: eps `[B, D]` instead of drawn noise.
+    in a walk from row S - 1 down, as `adrec.sampler.reverse_process` counts. noise: eps `[B, D]` instead of drawn
+    noise.
     Where s is 0 no noise is drawn or read. in_place: write into x_t (contiguous, without gradient) and return it.
 
     Gradients go to x0_hat and x_t. D is at most 4096; inputs are made contiguous; values on the device are not checked.

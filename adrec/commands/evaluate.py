@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adrec.commands.options import integers
+from adrec.commands.options import chosen, integers
 
 if TYPE_CHECKING:
     from adrec.checkpoint import Run
+    from adrec.config import RunConfig, ServingConfig
 
-HEAD = ("system", "steps", "seed", "own items", "group", "users")
+HEAD = ("system", "steps", "sampler", "seed", "own items", "group", "users")
 EXCLUSIONS = {"keep": (False,), "exclude": (True,), "both": (False, True)}
 UNLIMITED = 10_000
 
@@ -31,7 +33,14 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     data: Annotated[Path | None, typer.Option(help="Prepared data (default: where the run was trained from).")] = None,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    steps: Annotated[str, typer.Option(help="Reverse steps to compare, such as 1,2,4,8,16,32.")] = "1",
+    steps: Annotated[
+        str | None, typer.Option(help="Reverse steps to compare, such as 1,2,4,8,16,32 (default: the run's own, or 1).")
+    ] = None,
+    sampler: Annotated[
+        str, typer.Option(help="Samplers for each number of steps: ddpm, ddim, dpm++2m, or several with commas.")
+    ] = "ddpm",
+    eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of ddim: 0 is deterministic.")] = 0.0,
+    start: Annotated[str, typer.Option(help="x_T of each sampler: noise, zero (its mean), or noise,zero.")] = "noise",
     engine: Annotated[str, typer.Option(help="Engine that computes.")] = "cached",
     seeds: Annotated[str, typer.Option(help="Seeds of the sampling noise, one row each.")] = "0",
     history: Annotated[
@@ -62,8 +71,7 @@ def evaluate(
     check_device(device)
     loaded = load_run(run, device)
     beside = loaded.baseline() if baseline is None else load_baseline(baseline, loaded)
-    longest = loaded.settings.model.timesteps if loaded.settings.model.model == "adrec" else 1
-    wanted = integers(steps, "--steps", 1, longest)
+    wanted = plans(loaded.settings, steps, sampler, eta, start)
     draws = integers(seeds, "--seeds", 0, 2**31 - 1)
     chosen: Split = "test" if split == "test" else "validation"
     dataset = open_data(loaded, data)
@@ -82,8 +90,40 @@ def evaluate(
         note = "no sasrec+ row: the run holds no baseline; name a SASRec+ run with --baseline RUN"
         console.print(note, soft_wrap=True)
     if output is not None:
-        write_text(output, json.dumps({"run": str(run), "dataset": dataset.name, "rows": rows}, indent=2) + "\n")
+        content = {"run": str(run), "dataset": dataset.name, "split": split, "rows": rows}
+        write_text(output, json.dumps(content, indent=2) + "\n")
         console.print(f"written to {output}")
+
+
+def plans(settings: RunConfig, steps: str | None, samplers: str, eta: float, starts: str) -> list[int | ServingConfig]:
+    """What is compared: every sampler and start at every step count, evenly spaced; without steps as it is served."""
+    from typing import get_args
+
+    from adrec.config import Sampler, ServingConfig
+    from adrec.errors import ConfigError
+    from adrec.schedule import spaced_times
+
+    trained = settings.model.timesteps if settings.model.model == "adrec" else 1
+    names = chosen(samplers, "--sampler", get_args(Sampler))
+    origins = chosen(starts, "--start", ("noise", "zero"))
+    if eta and "ddim" not in names:
+        raise ConfigError(f"--eta is {eta}, but only --sampler ddim has one")
+    if (names, origins) != (["ddpm"], ["noise"]):
+        given = f"--sampler {samplers} --start {starts}"
+        if settings.model.model != "adrec":
+            raise ConfigError(f"{given}: a '{settings.model.model}' run has no reverse steps; leave them out")
+        if steps is None:
+            raise ConfigError(f"{given} need --steps: say how many, such as --steps 1,2,4")
+    if steps is None:
+        return [settings.serving or 1]
+    found: list[int | ServingConfig] = []
+    for count in integers(steps, "--steps", 1, trained):
+        for name, start in product(names, origins):
+            plan = {"sampler": name, "eta": eta * (name == "ddim"), "start": start}
+            plan["times"] = spaced_times(trained, count).tolist()
+            plain = (name, start) == ("ddpm", "noise")
+            found.append(count if plain else ServingConfig.model_validate(plan))
+    return found
 
 
 def load_baseline(path: Path, run: Run) -> Run:
@@ -106,13 +146,20 @@ def load_baseline(path: Path, run: Run) -> Run:
 
 
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    from adrec.comparison import KEPT
     from adrec.evaluation import METRICS
 
+    kept = (KEPT,) if any(row.get(KEPT) for row in rows) else ()
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    for column in (*HEAD, *METRICS):
-        table.add_column(column, justify="left" if column in ("system", "group") else "right", no_wrap=True)
+    for column in (*HEAD, *METRICS, *kept):
+        left = column in ("system", "sampler", "group")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(row[name]) for name in HEAD), *(_cell(row[name]) for name in METRICS))
+        head = {name: str(row[name]) for name in HEAD}
+        if row.get("mean steps") not in (None, row["steps"]):
+            head["steps"] = f"{row['mean steps']:.2f} of {row['steps']}"
+        metrics = [_cell(row[name]) if row.get(name) else "-" for name in (*METRICS, *kept)]
+        table.add_row(*head.values(), *metrics)
     return table
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
-from adrec.errors import ConfigError
+from adrec.errors import ConfigError, nearest
 
 
 def integers(text: str, option: str, low: int, high: int) -> list[int]:
@@ -24,6 +24,15 @@ def integers(text: str, option: str, low: int, high: int) -> list[int]:
             raise ConfigError(f"{option} holds {value}; allowed: {low} to {high}")
         values.append(value)
     return list(dict.fromkeys(values))
+
+
+def chosen(text: str, option: str, allowed: Sequence[str]) -> list[str]:
+    """Parse names separated by commas; raise ConfigError with the nearest name for one that is not allowed."""
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(f"{option} is '{name}'{nearest(name, allowed)}; allowed: {', '.join(allowed)}")
+    return names
 
 
 def section(values: dict[str, Any], name: str, where: str) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def recommend(
     source: Annotated[Path, typer.Option("--input", help="Users: .csv, .jsonl or .parquet (see below).")],
     out: Annotated[Path, typer.Option(help="Result: .parquet, .jsonl or .csv.")],
     k: Annotated[int, typer.Option(min=1, help="Items for each user.")] = 20,
-    steps: Annotated[int, typer.Option(min=1, help="Reverse steps.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Reverse steps (default: as the run's settings say, or 1).")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling noise.")] = 0,
     unknown: Annotated[str, typer.Option(help="Items the model does not know: drop or raise.")] = "drop",
     exclude_history: Annotated[bool, typer.Option("--exclude-history", help="Leave out the user's own items.")] = False,
@@ -49,7 +51,7 @@ def recommend(
     file_format(source, "--input")
     recommender = Recommender.load(run, engine, device)
     options: dict[str, Any] = {
-        "steps": steps,
+        "steps": steps or "run",
         "seed": seed,
         "unknown": unknown,
         "exclude_history": exclude_history,

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import torch
 
+from adrec.engines.aotinductor import AotInductorEngine
 from adrec.engines.base import Engine, TopK
 from adrec.engines.cached import CachedEngine
+from adrec.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeInt8Engine
 from adrec.engines.reference import ReferenceEngine
 from adrec.engines.triton import TritonBFloat16Engine, TritonEngine, TritonFloat16Engine
 from adrec.errors import ConfigError, nearest
 from adrec.models.base import SequenceModel
 
-ENGINES: dict[str, type[Engine]] = {
-    kind.name: kind for kind in (ReferenceEngine, CachedEngine, TritonEngine, TritonBFloat16Engine, TritonFloat16Engine)
-}
+_KINDS: tuple[type[Engine], ...] = (
+    ReferenceEngine,
+    CachedEngine,
+    TritonEngine,
+    TritonBFloat16Engine,
+    TritonFloat16Engine,
+    OnnxRuntimeEngine,
+    OnnxRuntimeInt8Engine,
+    AotInductorEngine,
+)
+ENGINES: dict[str, type[Engine]] = {kind.name: kind for kind in _KINDS}
 
 
 def exact_engines(device: torch.device) -> list[str]:
-    """Names of the engines that compute in float32 and run on a device."""
-    return [name for name, kind in ENGINES.items() if kind.dtype == torch.float32 and kind.runs_on(device)]
+    """Names of the engines that compute in float32, run on a device, and need no file made first."""
+    return [
+        name
+        for name, kind in ENGINES.items()
+        if kind.dtype == torch.float32 and not kind.exports and kind.runs_on(device)
+    ]
 
 
 def make_engine(name: str, model: SequenceModel) -> Engine:
@@ -30,8 +44,10 @@ def make_engine(name: str, model: SequenceModel) -> Engine:
 
 __all__ = [
     "ENGINES",
+    "AotInductorEngine",
     "CachedEngine",
     "Engine",
+    "OnnxRuntimeEngine",
     "ReferenceEngine",
     "TopK",
     "TritonEngine",

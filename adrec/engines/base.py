@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from adrec.config import EarlyStop, ServingConfig
 from adrec.data.jagged import Jagged
-from adrec.errors import ConfigError
+from adrec.engines.top_k import TopK, chunked_top_k, quantized_top_k
+from adrec.errors import ConfigError, NotSupportedError
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
+from adrec.models.item_tables import QuantizedTable
 from adrec.noise import ExplicitNoise, PhiloxNoise
-from adrec.schedule import DiffusionTable, respace
+from adrec.respacing import Steps, sampling_table
+from adrec.sampler import Sampled
+from adrec.schedule import DiffusionTable
 from kernels import philox
 
+PlanFeature = Literal["sampler dpm++2m", "start zero", "early stop"]
+
 SCORES_BUDGET = 2**25
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Best items of each row. items: `[B, k]` int64, 0 where fewer than k were left. scores: `[B, k]` float32."""
-
-    items: Tensor
-    scores: Tensor
 
 
 class Engine(ABC):
@@ -39,6 +37,10 @@ class Engine(ABC):
     name: ClassVar[str]
     dtype: ClassVar[torch.dtype] = torch.float32
     """Storage of weights, item table and keys."""
+    features: ClassVar[frozenset[PlanFeature]] = frozenset()
+    """What it samples beyond linear updates (DDPM, DDIM) from noise; the rest is refused."""
+    exports: ClassVar[bool] = False
+    """Whether it makes a file for each number of steps first, which takes seconds."""
 
     @classmethod
     def runs_on(cls, device: torch.device) -> bool:
@@ -47,11 +49,11 @@ class Engine(ABC):
 
     def __init__(self, model: SequenceModel) -> None:
         self.model = model.eval()
-        self._tables: dict[int, DiffusionTable] = {}
+        self._tables: dict[Steps, DiffusionTable] = {}
 
     @property
     def device(self) -> torch.device:
-        return self.model.table.device
+        return self.model.device
 
     @abstractmethod
     def encode(self, histories: Jagged) -> Any:
@@ -64,34 +66,77 @@ class Engine(ABC):
     def sample(self, state: Any, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
         """Run the reverse process of ``table`` (None for models without one); returns `[B, D]` in input order."""
 
-    def table(self, steps: int | None) -> DiffusionTable | None:
-        """Coefficients for ``steps`` reverse steps (None: as trained); None for a model without diffusion."""
+    def sample_until_stable(
+        self, state: Any, table: DiffusionTable, noise: PhiloxNoise | ExplicitNoise, stop: EarlyStop
+    ) -> Sampled:
+        """`sample`, each user only until its best items stay; see `adrec.sampler.until_stable`."""
+        raise NotImplementedError
+
+    def table(self, steps: Steps) -> DiffusionTable | None:
+        """Coefficients of a plan (a count, settings, or None: as trained); None for a model without diffusion.
+
+        Raises ConfigError for steps the model was not trained with, NotSupportedError for a plan that this engine
+        cannot run.
+        """
         if not isinstance(self.model, ADRec):
-            if steps is not None and steps != 1:
-                raise ConfigError(f"steps is {steps}, but a '{self.model.config.model}' model has no reverse steps")
+            if steps not in (None, 1):
+                wanted = steps if isinstance(steps, int) else "a plan"
+                raise ConfigError(f"steps is {wanted}, but a '{self.model.config.model}' model has no reverse steps")
             return None
         steps = self.model.config.timesteps if steps is None else steps
         if steps not in self._tables:
-            self._tables[steps] = respace(self.model.betas, steps)
+            if isinstance(steps, ServingConfig):
+                steps.check(self.model.config)
+                self._check_features(steps)
+            self._tables[steps] = sampling_table(self.model.betas, steps)
         return self._tables[steps]
+
+    def _check_features(self, plan: ServingConfig) -> None:
+        asked: dict[PlanFeature, bool] = {
+            "sampler dpm++2m": plan.sampler == "dpm++2m",
+            "start zero": plan.start == "zero",
+            "early stop": plan.early_stop is not None,
+        }
+        for feature, wanted in asked.items():
+            if wanted and feature not in self.features:
+                raise NotSupportedError(
+                    f"engine '{self.name}' cannot sample with {feature}; use engine 'cached', or a plan without it"
+                )
 
     @torch.inference_mode()
     def represent(
         self,
         histories: Jagged,
-        steps: int | None = None,
+        steps: Steps = None,
         seed: int = 0,
         noise: Tensor | None = None,
         row_keys: Tensor | None = None,
     ) -> Tensor:
         """Generate the representation of each history's next item, `[B, D]`.
 
-        histories: item ids 1..N, oldest first; the last ``max_length`` are read. steps: S of 1..T (None: T). seed: of
-        the noise. noise: `[S + 1, B, D]` instead of a seed. row_keys: `[B]` int64 in [0, 2^39), the identity of each
-        user in the noise (None: a hash of the history). Raises ValueError for an empty history.
+        histories: item ids 1..N, oldest first; the last ``max_length`` are read. steps: S of 1..T (None: T), evenly
+        spaced DDPM steps, or `ServingConfig`. seed: of the noise. noise: `[S + 1, B, D]` instead of a seed. row_keys:
+        `[B]` int64 in [0, 2^39), the identity of each user in the noise (None: a hash of the history). Raises
+        ValueError for an empty history.
         """
+        return self.generate(histories, steps, seed, noise, row_keys).rows
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        histories: Jagged,
+        steps: Steps = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+        row_keys: Tensor | None = None,
+    ) -> Sampled:
+        """`represent`, and the reverse steps that each user took (none for a model without); same arguments."""
         if len(histories) == 0:
-            return torch.empty(0, self.model.config.width, device=self.device)
+            self.table(steps)
+            return Sampled(
+                torch.empty(0, self.model.config.width, device=self.device),
+                torch.empty(0, dtype=torch.int64, device=self.device),
+            )
         self.check_histories(histories)
         histories = histories.tail(self.model.config.max_length)
         source: PhiloxNoise | ExplicitNoise
@@ -111,7 +156,12 @@ class Engine(ABC):
         else:
             keys = history_keys(histories) if row_keys is None else row_keys
             source = PhiloxNoise(seed, keys.to(self.device), self.model.config.width)
-        return self.sample(self.encode(histories), table, source)
+        state = self.encode(histories)
+        if table is not None and isinstance(steps, ServingConfig) and steps.early_stop is not None:
+            return self.sample_until_stable(state, table, source, steps.early_stop)
+        rows = self.sample(state, table, source)
+        taken = 0 if table is None else table.steps
+        return Sampled(rows, torch.full((rows.shape[0],), taken, dtype=torch.int64, device=rows.device))
 
     @torch.inference_mode()
     def score(self, rows: Tensor) -> Tensor:
@@ -122,25 +172,17 @@ class Engine(ABC):
     def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
         """Best k items of each representation `[B, D]`, holding at most 2^25 scores or B k of them at a time.
 
-        exclude: items to leave out of each row's list. Raises ValueError unless 1 <= k <= N.
+        exclude: items to leave out of each row's list. A large quantised table is read as it is stored, see
+        `quantized_top_k`. Raises ValueError unless 1 <= k <= N.
         """
         self._check_top_k(rows, k, exclude)
+        stored = self.model.item_embedding
+        if isinstance(stored, QuantizedTable) and stored.dense is None:
+            return quantized_top_k(stored, rows, k, exclude)
         items = self.model.config.items
         chunk = max(k, min(items, SCORES_BUDGET // max(1, rows.shape[0])))
-        best = TopK(
-            torch.zeros(rows.shape[0], 0, dtype=torch.int64, device=rows.device), rows.new_zeros(rows.shape[0], 0)
-        )
-        owners = None if exclude is None else exclude.rows
-        for first in range(1, items + 1, chunk):
-            scores = rows @ self.model.table[first : first + chunk].T
-            if exclude is not None and owners is not None:
-                inside = (exclude.values >= first) & (exclude.values < first + scores.shape[1])
-                scores[owners[inside], exclude.values[inside] - first] = -torch.inf
-            values, places = scores.topk(min(k, scores.shape[1]), -1)
-            values, places = torch.cat([best.scores, values], -1), torch.cat([best.items, places + first], -1)
-            values, order = values.topk(min(k, values.shape[1]), -1)
-            best = TopK(places.gather(-1, order), values)
-        return TopK(best.items.masked_fill(best.scores == -torch.inf, 0), best.scores)
+        table = self.model.table
+        return chunked_top_k(lambda first, last: rows @ table[first:last].T, rows, items, chunk, k, exclude)
 
     def check_histories(self, histories: Jagged) -> None:
         """Raise ValueError for an empty history or an item id outside 1..N."""
@@ -165,7 +207,7 @@ class Engine(ABC):
         self,
         histories: Jagged,
         k: int,
-        steps: int | None = None,
+        steps: Steps = None,
         seed: int = 0,
         row_keys: Tensor | None = None,
         exclude: Jagged | None = None,

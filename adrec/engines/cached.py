@@ -7,31 +7,42 @@ histories are packed, and coefficients are tables. Exact up to rounding, for bot
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adrec.config import EarlyStop
 from adrec.data.jagged import Jagged
-from adrec.engines.base import Engine
+from adrec.engines.base import Engine, PlanFeature
 from adrec.models.adrec import ADRec, MLPDenoiser
 from adrec.models.base import SequenceModel
 from adrec.models.layers import Block, CausalTransformer, PadStates
 from adrec.models.layout import Group, Layout
+from adrec.models.quantized import outputs_from
 from adrec.noise import ExplicitNoise, PhiloxNoise
-from adrec.sampler import Denoiser, ddpm, guided
+from adrec.sampler import Denoiser, Sampled, guided, reverse_process, until_stable
 from adrec.schedule import DiffusionTable
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values `[U, H, P + l + 1, d]` of one block and one group of users; the last column is the new token."""
+    """Keys and values `[U, H, P + l + 1, d]` of one block and one group of users; the last column is the new token.
 
-    group: Group
+    users: which rows of the sorted batch the group is. bias: `[U, 1, 1, P + l + 1]`.
+    """
+
+    users: slice
     keys: Tensor
     values: Tensor
     bias: Tensor
+
+    def select(self, inside: Tensor, first: int) -> KeyValues:
+        """A copy of the users `[R]` of this group, which become rows ``first`` on."""
+        users = slice(first, first + inside.numel())
+        return KeyValues(users, self.keys[inside], self.values[inside], self.bias[inside])
 
 
 class PrefixCache:
@@ -61,7 +72,7 @@ class PrefixCache:
             query, key, value = block.attention.split(rows).unbind(1)
             mixed = []
             for cache in caches:
-                users = cache.group.users
+                users = cache.users
                 cache.keys[:, :, -1] = key[users]
                 cache.values[:, :, -1] = value[users]
                 attended = F.scaled_dot_product_attention(
@@ -70,6 +81,19 @@ class PrefixCache:
                 mixed.append(attended.flatten(1))
             rows = block.finish(rows, block.attention.output(torch.cat(mixed)))
         return rows
+
+    def select(self, users: Tensor) -> PrefixCache:
+        """The cache of some users `[R]` int64, ascending; a copy, so that this one stays as it is."""
+        chosen = copy(self)
+        chosen.caches = []
+        for caches in self.caches:
+            kept: list[KeyValues] = []
+            for cache in caches:
+                inside = users[(users >= cache.users.start) & (users < cache.users.stop)] - cache.users.start
+                if inside.numel():
+                    kept.append(cache.select(inside, kept[-1].users.stop if kept else 0))
+            chosen.caches.append(kept)
+        return chosen
 
 
 def _bias(group: Group, layout: Layout, pad_bias: Tensor | None) -> Tensor:
@@ -91,8 +115,7 @@ def _key_values(
 ) -> list[KeyValues]:
     attention = block.attention
     width = attention.output.in_features
-    projected = F.linear(tokens, attention.qkv.weight[width:], attention.qkv.bias[width:])
-    projected = projected.unflatten(-1, (2, attention.heads, -1))
+    projected = outputs_from(attention.qkv, tokens, width).unflatten(-1, (2, attention.heads, -1))
     caches = []
     for group, bias in zip(layout.groups, biases, strict=True):
         first = 0 if padding is None else padding.shape[3]
@@ -101,7 +124,7 @@ def _key_values(
         if padding is not None:
             both[:, :, :, :first] = padding
         both[:, :, :, first:-1] = group.unpack(projected[group.tokens]).permute(2, 0, 3, 1, 4)
-        caches.append(KeyValues(group, both[0], both[1], bias))
+        caches.append(KeyValues(group.users, both[0], both[1], bias))
     return caches
 
 
@@ -129,6 +152,10 @@ class CachedState:
     last: Tensor
     caches: tuple[PrefixCache, ...]
 
+    def select(self, users: Tensor) -> CachedState:
+        """The state of some sorted rows `[R]` int64, ascending; a copy."""
+        return CachedState(self.order[users], self.last[users], tuple(cache.select(users) for cache in self.caches))
+
 
 class CachedEngine(Engine):
     """Prefix keys and values once, padding as weighted keys, packed tokens, coefficient tables.
@@ -137,6 +164,7 @@ class CachedEngine(Engine):
     """
 
     name = "cached"
+    features = frozenset[PlanFeature]({"sampler dpm++2m", "start zero", "early stop"})
 
     def __init__(self, model: SequenceModel) -> None:
         super().__init__(model)
@@ -196,12 +224,34 @@ class CachedEngine(Engine):
         if table is None or not isinstance(model, ADRec):
             rows = state.caches[0].step(state.last)
         else:
-            denoise = self._denoiser(model, state, table, guided_by_nothing=False)
-            if model.config.guidance_scale != 1.0:
-                without = self._denoiser(model, state, table, guided_by_nothing=True)
-                denoise = guided(denoise, without, model.config.guidance_scale)
-            rows = ddpm(denoise, table, noise.select(state.order), geodesic=model.config.geodesic)
+            denoise = self.denoiser(state, table)
+            rows = reverse_process(denoise, table, noise.select(state.order), geodesic=model.config.geodesic)
         return torch.empty_like(rows).index_copy_(0, state.order, rows)
+
+    def sample_until_stable(
+        self, state: CachedState, table: DiffusionTable, noise: PhiloxNoise | ExplicitNoise, stop: EarlyStop
+    ) -> Sampled:
+        found = until_stable(
+            lambda users: self.denoiser(state if users.numel() == state.order.numel() else state.select(users), table),
+            table,
+            noise.select(state.order),
+            lambda rows: self.top_k(rows, stop.top).items,
+            patience=stop.patience,
+            geodesic=self.model.config.geodesic,
+        )
+        return Sampled(
+            torch.empty_like(found.rows).index_copy_(0, state.order, found.rows),
+            torch.empty_like(found.steps).index_copy_(0, state.order, found.steps),
+        )
+
+    def denoiser(self, state: CachedState, table: DiffusionTable) -> Denoiser:
+        """``(x_t [B, D], row of table) -> x0_hat [B, D]`` for users in the order of ``state``, guidance included."""
+        assert isinstance(self.model, ADRec)
+        denoise = self._denoiser(self.model, state, table, guided_by_nothing=False)
+        if self.model.config.guidance_scale != 1.0:
+            without = self._denoiser(self.model, state, table, guided_by_nothing=True)
+            denoise = guided(denoise, without, self.model.config.guidance_scale)
+        return denoise
 
     def _denoiser(
         self, model: ADRec, state: CachedState, table: DiffusionTable, *, guided_by_nothing: bool

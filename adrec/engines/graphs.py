@@ -15,8 +15,10 @@ from torch import Tensor
 from adrec.data.jagged import Jagged
 from adrec.engines.base import TopK, history_keys
 from adrec.engines.triton import TritonEngine
-from adrec.errors import ConfigError
+from adrec.errors import ConfigError, NotSupportedError
+from adrec.respacing import Steps
 from kernels.philox import check_row_keys
+from kernels.score_topk import counters
 
 _FILLER_ITEM = 1
 _SIMULATED_BATCHES = 1000
@@ -55,14 +57,21 @@ class FixedRequest:
 
     # Not inference mode: its tensors could not be written by a caller outside it, and the seed is for callers.
     @torch.no_grad()
-    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
+    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: Steps) -> None:
         if tokens < users:
             raise ConfigError(f"a capacity of {tokens} tokens for {users} users; allowed: 1 token a user or more")
         self.engine, self.users, self.tokens, self.k = engine, users, tokens, k
         self.table = engine.table(steps)
+        if self.table is not None and not self.table.starts_noisy and bool(self.table.sigma.any()):
+            raise NotSupportedError(
+                "a request of fixed capacity cannot start from zero and draw noise on the way: the seed lies on the"
+                " device; start from noise, or sample with one step or with ddim and eta 0"
+            )
         if self.table is not None:
             engine.step_tables(self.table)
         self.seed = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        # Its own, since requests may run at the same time; made here, so that a graph does not fill it in each replay.
+        self._arrivals = torch.zeros(counters(users), dtype=torch.int32, device=engine.device)
         # One buffer, so that a request is one copy to the device: items, offsets, row keys, places of the results.
         self._host = torch.zeros(tokens + 3 * users + 1, dtype=torch.int64, pin_memory=engine.device.type == "cuda")
         self._buffer = torch.zeros_like(self._host, device=engine.device)
@@ -128,7 +137,7 @@ class FixedRequest:
         items, offsets, row_keys, places = self._parts(self._buffer)
         state = self.engine.encode_sorted(Jagged(items, offsets))
         rows = self.engine.sample_sorted(state, self.table, seed=self.seed, row_keys=row_keys)
-        found = self.engine.top_k(rows, self.k)
+        found = self.engine.top_k(rows, self.k, arrivals=self._arrivals)
         return TopK(found.items[places], found.scores[places])
 
     def _run(self) -> TopK:
@@ -139,7 +148,7 @@ class CapturedRequest(FixedRequest):
     """A `FixedRequest` captured in a CUDA graph when it is made: a call is one copy in, one replay, two copies out."""
 
     @torch.no_grad()
-    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: int | None) -> None:
+    def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: Steps) -> None:
         if engine.device.type != "cuda":
             raise ConfigError(f"CUDA graphs need a CUDA device; the engine's model is on {engine.device}")
         super().__init__(engine, users, tokens, k, steps)
@@ -173,7 +182,7 @@ class CapturedEngine:
         lengths: Tensor,
         *,
         k: int = 20,
-        steps: int | None = None,
+        steps: Steps = None,
         users: Sequence[int] = (1, 8, 64, 512),
     ) -> None:
         longest = engine.model.config.max_length

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from adrec.data.jagged import Jagged
-from adrec.engines.base import Engine
+from adrec.engines.base import Engine, PlanFeature
 from adrec.models.adrec import ADRec, MLPDenoiser
 from adrec.models.layers import Block, CausalTransformer
 from adrec.noise import ExplicitNoise, PhiloxNoise
-from adrec.sampler import Denoiser, ddpm, guided
+from adrec.sampler import Denoiser, guided, reverse_process
 from adrec.schedule import DiffusionTable
 
 _MASKED = -1e9
@@ -34,6 +34,7 @@ class ReferenceEngine(Engine):
     """Dense engine over left-padded histories."""
 
     name = "reference"
+    features = frozenset[PlanFeature]({"sampler dpm++2m", "start zero"})
 
     def encode(self, histories: Jagged) -> PaddedState:
         model = self.model
@@ -53,7 +54,7 @@ class ReferenceEngine(Engine):
         if model.config.guidance_scale != 1.0:
             without = self._denoiser(model, state, torch.zeros_like(state.condition), table)
             denoise = guided(denoise, without, model.config.guidance_scale)
-        return ddpm(denoise, table, noise, geodesic=model.config.geodesic)
+        return reverse_process(denoise, table, noise, geodesic=model.config.geodesic)
 
     def _denoiser(self, model: ADRec, state: PaddedState, condition: Tensor, table: DiffusionTable) -> Denoiser:
         real = state.padded != 0

@@ -1,4 +1,4 @@
-"""The fused engine: a request is four kernel launches (encode, all reverse steps, score, merge of the top k).
+"""The fused engine: a request is three kernel launches (encode, all reverse steps, score with the top k).
 
 Same results as `cached` up to rounding in float32; with bfloat16 or float16 weights and keys up to the rounding of
 those. It needs a CUDA device; on CPU tensors it runs only in Triton's interpreter, for tests.
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from adrec.data.jagged import Jagged
-from adrec.engines.base import Engine, TopK
+from adrec.engines.base import Engine, PlanFeature, TopK
 from adrec.engines.packing import block_weights, mlp_weights, norm_rows, pad_rows
 from adrec.errors import ConfigError
 from adrec.models.adrec import ADRec, MLPDenoiser
 from adrec.models.base import SequenceModel
+from adrec.models.item_tables import QuantizedTable
+from adrec.models.quantized import Packed
 from adrec.noise import ExplicitNoise, PhiloxNoise
 from adrec.schedule import DiffusionTable
-from kernels import _runtime
-from kernels._denoise_last_common import NARROWEST, NARROWEST_HEAD, WIDEST, WIDEST_HEAD
+from kernels import _runtime, philox
+from kernels._reverse_steps import NARROWEST, NARROWEST_HEAD, WIDEST, WIDEST_HEAD
 from kernels.denoise_last import denoise_last
 from kernels.denoise_last_mlp import denoise_last_mlp
 from kernels.encode_prefix import encode_prefix
@@ -51,13 +53,17 @@ class StepTables:
 
 
 class TritonEngine(Engine):
-    """Four kernel launches a request (five at 10 million items), and small ones that sort users by length and back.
+    """Three kernel launches a request of up to 128 results, and small ones that sort users by length and back.
+
+    Quantised layers are read as the numbers they stand for, and multiply as this engine's weights do, whatever their
+    own ``compute``. A quantised table is scored as it is stored (int4: unpacked).
 
     Weights are packed once, so make a new engine after changing them. An item whose score is NaN is never returned.
     Raises ConfigError where no kernel runs, and for widths that the kernels do not have.
     """
 
     name = "triton"
+    features = frozenset[PlanFeature]({"start zero"})
 
     @classmethod
     def runs_on(cls, device: torch.device) -> bool:
@@ -75,6 +81,10 @@ class TritonEngine(Engine):
             )
         self._check_widths()
         self.packed_table = model.table.detach().to(self.dtype).contiguous()
+        # A quantised table is scored as it is stored; histories are looked up in what it stands for.
+        self.scored_table = Packed(self.packed_table, None)
+        if isinstance(model.item_embedding, QuantizedTable):
+            self.scored_table = model.item_embedding.kernel_operands or self.scored_table
         positions = model.position_embedding
         self.positions = None if positions is None else positions.weight.detach().to(self.dtype).contiguous()
         self.history_norm = norm_rows(model.history_norm)
@@ -162,6 +172,8 @@ class TritonEngine(Engine):
         if table is None or not isinstance(model, ADRec):
             return state.last
         steps = self.step_tables(table)
+        if not table.starts_noisy:
+            noise = self._drawn_from_zero(state.last.shape[0], table, seed, row_keys, noise)
         if isinstance(model.denoiser, MLPDenoiser):
             assert self.mlp is not None
             return denoise_last_mlp(
@@ -197,11 +209,26 @@ class TritonEngine(Engine):
             geodesic=model.config.geodesic,
         )
 
-    @torch.inference_mode()
-    def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None) -> TopK:
-        """Score and merge: two launches, more for many splits of a large catalogue; ties go to the lower id.
+    def _drawn_from_zero(
+        self, users: int, table: DiffusionTable, seed: int | Tensor, row_keys: Tensor | None, noise: Tensor | None
+    ) -> Tensor:
+        """Noise `[S + 1, users, D]` of a plan whose x_T is zero: left alone, the kernels would draw x_T.
 
-        Above 1024 results as `Engine.top_k`, which see for the arguments.
+        Waits for the device where the plan draws noise on the way and the seed lies there.
+        """
+        drawn = torch.zeros(table.steps + 1, users, self.model.config.width, device=self.device)
+        keys = torch.arange(users, device=self.device) if row_keys is None else row_keys
+        for draw in range(1, table.steps):
+            if table.sigma[table.steps - draw] != 0.0:
+                row = philox.row_noise(int(seed), keys, draw, drawn.shape[2]) if noise is None else noise[draw]
+                drawn[draw] = row
+        return drawn
+
+    @torch.inference_mode()
+    def top_k(self, rows: Tensor, k: int, exclude: Jagged | None = None, *, arrivals: Tensor | None = None) -> TopK:
+        """Score and keep the best: one launch for k up to 128, more above; ties go to the lower id.
+
+        arrivals: see `score_topk`. Above 1024 results as `Engine.top_k`, which see for the other arguments.
         """
         if k > MOST_RESULTS:
             return super().top_k(rows, k, exclude)
@@ -209,10 +236,12 @@ class TritonEngine(Engine):
         exclude = None if exclude is None else exclude.to(self.device)
         items, scores = score_topk(
             rows.to(self.dtype),
-            self.packed_table,
+            self.scored_table.values,
             k,
+            scale=self.scored_table.scale,
             exclude_items=None if exclude is None else exclude.values,
             exclude_offsets=None if exclude is None else exclude.offsets,
+            arrivals=arrivals,
         )
         return TopK(items, scores)
 

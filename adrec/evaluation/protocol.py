@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adrec.engines.base import Engine
 from adrec.evaluation.metrics import CUTOFFS, Interval, interval_table, target_ranks
+from adrec.respacing import Steps
 
 if TYPE_CHECKING:
     from adrec.data.dataset import Examples
@@ -20,11 +21,15 @@ LISTED = max(CUTOFFS)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """ranks: `[n]` int64, 0 is best. top_items: `[n, min(20, N)]` int64. metrics: percent, with 95 % intervals."""
+    """ranks: `[n]` int64, 0 is best. top_items: `[n, min(20, N)]` int64. metrics: percent, with 95 % intervals.
+
+    mean_steps: reverse steps a user took on average; None where there were none.
+    """
 
     ranks: Tensor
     top_items: Tensor
     metrics: dict[str, Interval] = field(default_factory=dict)
+    mean_steps: float | None = None
 
     @property
     def users(self) -> int:
@@ -35,7 +40,7 @@ def evaluate(
     engine: Engine,
     examples: Examples,
     *,
-    steps: int | None = None,
+    steps: Steps = None,
     seed: int = 0,
     batch_size: int = 512,
     exclude_history: bool = False,
@@ -47,18 +52,20 @@ def evaluate(
     The row key of a user's noise is the user's row in the data set. exclude_history: leave out the user's own items.
     progress: called with the number of users done. Every history needs 1 item or more.
     """
-    ranks, tops = [], []
+    ranks, tops, taken = [], [], 0
     for first in range(0, examples.targets.numel(), batch_size):
         rows = torch.arange(first, min(first + batch_size, examples.targets.numel()))
         histories = examples.histories.select(rows)
-        represented = engine.represent(histories, steps, seed, row_keys=examples.users[rows])
+        sampled = engine.generate(histories, steps, seed, row_keys=examples.users[rows])
+        represented, taken = sampled.rows, taken + int(sampled.steps.sum())
         exclude = histories.to(engine.device) if exclude_history else None
         targets = examples.targets[rows].to(engine.device)
         ranks.append(target_ranks(represented, engine.model.table.detach(), targets, exclude).cpu())
         tops.append(engine.top_k(represented, min(LISTED, engine.model.config.items), exclude).items.cpu())
         if progress is not None:
             progress(rows.numel())
-    return _evaluation(ranks, tops, bootstrap)
+    found = _evaluation(ranks, tops, bootstrap)
+    return replace(found, mean_steps=taken / found.users) if taken else found
 
 
 def popularity_evaluation(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adrec.config import ModelConfig
 from adrec.data.jagged import Jagged
 from adrec.models.dropout import dropout
+from adrec.models.item_tables import QuantizedTable
 from adrec.models.layers import NORM_EPSILON, CausalTransformer, LayerNorm
 from adrec.models.layout import Layout
 
@@ -54,7 +55,7 @@ class SequenceModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.item_embedding = nn.Embedding(config.items + 1, config.width, padding_idx=0)
+        self.item_embedding: nn.Embedding | QuantizedTable = nn.Embedding(config.items + 1, config.width, padding_idx=0)
         self.position_embedding = nn.Embedding(config.max_length, config.width) if config.positions != "none" else None
         self.history_norm = LayerNorm(config.width, self.history_norm_epsilon)
         self.encoder = CausalTransformer(config.width, config.heads, config.encoder_blocks, config.dropout)
@@ -76,8 +77,12 @@ class SequenceModel(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The item table `[N + 1, D]`."""
+        """The item table `[N + 1, D]` in float32; a large one that is quantised is unpacked, which takes time."""
         return self.item_embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.history_norm.weight.device
 
     def embed(self, inputs: Tensor, layout: Layout) -> Tensor:
         """``LN(dropout(E[s] + position))`` of packed ids `[M]` -> `[M, D]`."""
@@ -92,7 +97,7 @@ class SequenceModel(nn.Module):
         if self.config.padding == "masked":
             return None
         # Through the table's lookup, not a slice of it: the padding row must receive no gradient.
-        rows = self.item_embedding(torch.zeros(1, dtype=torch.int64, device=self.table.device))
+        rows = self.item_embedding(torch.zeros(1, dtype=torch.int64, device=self.device))
         if self.position_embedding is not None and self.config.positions == "released":
             rows = rows + self.position_embedding.weight
         return self._normalise(rows)[None]
@@ -103,9 +108,10 @@ class SequenceModel(nn.Module):
             return None
         counts = (self.config.max_length - lengths)[:, None]
         if self.config.positions != "released":
-            return counts.to(self.table.dtype).log()
+            return counts.to(self.history_norm.weight.dtype).log()
         place = torch.arange(self.config.max_length, device=lengths.device)
-        return torch.zeros(1, dtype=self.table.dtype, device=lengths.device).masked_fill(place >= counts, -torch.inf)
+        zero = self.history_norm.weight.new_zeros(1)
+        return zero.masked_fill(place >= counts, -torch.inf)
 
     def encode(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         """Condition c of every packed token `[M, D]`, and of the padding `[1, P, D]`."""

@@ -21,6 +21,7 @@ from adrec.losses import catalogue_cross_entropy, reconstruction_loss
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.noise import SeededTokenNoise, TokenNoise, draw_token_noise, seed_token_noise
+from adrec.respacing import Steps
 from adrec.training.batches import derive_seed, training_loader, validation_rows
 from adrec.training.gradients import merge_gradients
 
@@ -60,7 +61,7 @@ class StageModule(lightning.LightningModule):
         stage: str,
         *,
         frozen_epochs: int = 0,
-        validation_steps: int = 1,
+        validation_steps: Steps = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False

@@ -174,7 +174,7 @@ class _Job:
         if self.progress:
             callbacks.append(_Progress())
         resumed = folder / "last.ckpt"
-        with _quiet_lightning():
+        with quiet_lightning():
             epochs = _read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
             trainer = self._trainer(optimiser, callbacks, stage_loggers(out / LOGS, name, epochs))
             if self.train.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
@@ -288,7 +288,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Silence its notes about accelerators and its advertisements, which say nothing that the milestones do not."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -132,13 +132,13 @@ def test_another_table_of_as_many_steps_is_read(tiny_model: ModelFactory) -> Non
     assert not torch.allclose(results[0][0], results[0][1], atol=1e-3)
 
 
-def test_a_request_is_four_launches(tiny_model: ModelFactory) -> None:
-    engine = make_engine("triton", model_of(tiny_model))
-    engine.recommend(histories_of(LENGTHS), 5, steps=6)
+@pytest.mark.parametrize(("items", "k"), [(40, 5), (300_000, 20), (300_000, 128)])
+def test_a_request_is_three_launches(tiny_model: ModelFactory, items: int, k: int) -> None:
+    engine = make_engine("triton", model_of(tiny_model, items=items))
     with _runtime.record_launches() as launches:
-        engine.recommend(histories_of(LENGTHS), 5, steps=6)
+        engine.recommend(histories_of(LENGTHS), k, steps=6)
     names = [getattr(each.kernel, "__name__", None) or each.kernel.fn.__name__ for each in launches]
-    assert names == ["encode_prefix_kernel", "denoise_last_kernel", "score_splits", "merge_splits"]
+    assert names == ["encode_prefix_kernel", "denoise_last_kernel", "score_splits"]
 
 
 @pytest.mark.parametrize(("width", "heads"), [(288, 4), (16, 4), (512, 2)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from adrec.noise import PhiloxNoise
-from adrec.sampler import ddpm
+from adrec.sampler import reverse_process
 from adrec.schedule import DiffusionTable, named_betas, respace
 from kernels import denoise_update as module
 from kernels import philox
@@ -160,7 +160,7 @@ def test_a_walk_of_updates_is_the_sampler(kernel_device: torch.device, steps: in
     def denoise(x_t: Tensor, row: int) -> Tensor:
         return (0.5 * x_t + row).sin()
 
-    expected = ddpm(denoise, table, noise)
+    expected = reverse_process(denoise, table, noise)
     coefficients = coefficients_of(table).to(kernel_device)
     x_t = noise(0).clone()
     for row in reversed(range(steps)):
@@ -347,5 +347,5 @@ def test_one_captured_step_replays_a_whole_walk() -> None:
     row.fill_(ROWS - 1)
     for _ in range(ROWS):
         graph.replay()
-    expected = ddpm(lambda x, _: (0.5 * x).sin(), table, noise)
+    expected = reverse_process(lambda x, _: (0.5 * x).sin(), table, noise)
     torch.testing.assert_close(x_t, expected, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adrec.errors import ConfigError
 from adrec.noise import ExplicitNoise, noised
-from adrec.sampler import ddpm
+from adrec.sampler import reverse_process
 from adrec.schedule import SCHEDULES, DiffusionTable, diffusion_table, named_betas, respace, spaced_times
 
 # float32 storage of a table computed in float64: half a unit in the last place of numbers up to 1.
@@ -109,7 +109,7 @@ def test_an_oracle_recovers_x0_at_every_number_of_steps(name: str, steps: int, d
     generator = torch.Generator().manual_seed(steps)
     x_0 = torch.randn(3, 5, generator=generator)
     noise = torch.randn(table.steps + 1, 3, 5, generator=generator)
-    assert torch.equal(ddpm(lambda x_t, row: x_0, table, ExplicitNoise(noise)), x_0)
+    assert torch.equal(reverse_process(lambda x_t, row: x_0, table, ExplicitNoise(noise)), x_0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -126,7 +126,7 @@ def test_without_noise_the_reverse_process_walks_back_along_the_forward_one(name
         visited[row] = x_t
         return x_0
 
-    ddpm(oracle, table, ExplicitNoise(silent))
+    reverse_process(oracle, table, ExplicitNoise(silent))
     assert sorted(visited) == list(range(steps))
     for row, x_t in visited.items():
         torch.testing.assert_close(x_t, table.signal[row] * x_0, rtol=0.0, atol=5e-6)

@@ -1,0 +1,293 @@
+"""Engines over graphs that were exported before: whole requests, users of similar length together.
+
+A request is one run of a ``request`` graph (see `compress.export`), which takes histories, lengths and noise and
+returns items, scores and representations. `recommend` takes the lists from the graph, `represent` its representations.
+Graphs come from a folder (`from_export`) or are exported on the first request for a number of steps and kept in a cache
+folder. What reads the files is a subclass: `adrec.engines.onnxruntime`, `adrec.engines.aotinductor`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adrec.checkpoint import model_fingerprint
+from adrec.data.jagged import Jagged
+from adrec.engines.base import Engine, PlanFeature, TopK, history_keys
+from adrec.engines.exported import (
+    ExportError,
+    GraphFile,
+    GraphFormat,
+    Manifest,
+    Precision,
+    check_graph,
+    load_manifest,
+)
+from adrec.errors import ConfigError, NotSupportedError, nearest
+from adrec.models.base import SequenceModel
+from adrec.noise import ExplicitNoise, PhiloxNoise
+from adrec.respacing import Steps
+from adrec.schedule import DiffusionTable
+
+EXPORTERS = "adrec.exporters"
+RESULTS = 20
+# From here on the steps are a loop: its graph is made once, and 32 unrolled steps take a minute to export.
+MOST_UNROLLED = 8
+# What a run costs beside its tokens, in tokens of a model of two and two blocks, and rows of the table in one of them.
+_RUN_TOKENS, _ROWS_PER_TOKEN = 16, 5
+Own = TypeVar("Own", bound="ExportedEngine")
+
+
+@dataclass(frozen=True)
+class PaddedGroups:
+    """Histories in rectangles of similar length. rows: input rows `[U]` of each; histories: the same, jagged."""
+
+    rows: tuple[Tensor, ...]
+    histories: tuple[Jagged, ...]
+    size: int
+
+
+class ExportedEngine(Engine):
+    """Runs exported graphs. Without a folder it exports what a request needs, and keeps it for the next process.
+
+    only: the one file of the folder to use, whatever else it holds.
+    """
+
+    precision: ClassVar[Precision] = "fp32"
+    format: ClassVar[GraphFormat]
+    features = frozenset[PlanFeature]({"sampler dpm++2m", "start zero"})
+    exports = True
+    loops: ClassVar[bool] = False
+    """Whether many steps are exported as a loop."""
+    narrowest: ClassVar[int] = 1
+    """Columns that a rectangle of histories has at least."""
+
+    def __init__(self, model: SequenceModel, *, folder: Path | None = None, only: str | None = None) -> None:
+        super().__init__(model)
+        self.fingerprint = model_fingerprint(model.state_dict())
+        self.folder, self.only = folder, only
+        self._manifest: Manifest | None = None
+        if folder is not None:
+            self._manifest = load_manifest(folder)
+            self._check_model(self._manifest, folder)
+        self._sessions: dict[str, Any] = {}
+        self._chosen: dict[Steps, tuple[GraphFile, Any]] = {}
+
+    @classmethod
+    def from_export(
+        cls: type[Own], folder: Path | str, model: SequenceModel, *, precision: Precision | None = None, **options: Any
+    ) -> Own:
+        """An engine of the graphs in ``folder``, which must be of this model.
+
+        precision: which of the folder's (None: its first). options: of the engine, such as threads and provider. Raises
+        ExportError for a folder that is none, or of another model; ConfigError for a precision it does not hold.
+        """
+        folder = Path(folder)
+        held = load_manifest(folder).precisions(cls.format)
+        wanted = precision or (held[0] if held else None)
+        if wanted is None or wanted not in held:
+            raise ConfigError(
+                f"{folder}: holds no {cls.format} request graph in {precision or 'any precision'}"
+                f"{nearest(str(precision), held)}; it holds: {', '.join(held) or 'none'}"
+            )
+        kind = type(f"{cls.__name__}[{wanted}]", (cls,), {"name": f"{cls.name}[{wanted}]", "precision": wanted})
+        engine: Own = kind(model, folder=folder, **options)
+        return engine
+
+    @abstractmethod
+    def open(self, path: Path) -> Any:
+        """Load a graph's file."""
+
+    @abstractmethod
+    def run(
+        self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Outputs of a loaded graph by name, on the CPU."""
+
+    def encode(self, histories: Jagged) -> PaddedGroups:
+        histories = histories.to("cpu")
+        order = torch.argsort(histories.lengths, stable=True)
+        lengths = histories.lengths[order]
+        per_run = _RUN_TOKENS + self.model.config.items / (_ROWS_PER_TOKEN * self.model.config.width)
+        bounds = group_bounds(tuple(lengths.tolist()), per_run)
+        rows = tuple(order[first:last] for first, last in pairwise(bounds))
+        return PaddedGroups(rows, tuple(histories.select(part) for part in rows), len(histories))
+
+    def sample(self, state: PaddedGroups, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
+        graph, session = self.session(table)
+        out = torch.empty(state.size, self.model.config.width)
+        for rows, found in zip(state.rows, self._runs(graph, session, state, table, noise, ("rows",)), strict=True):
+            out[rows] = found["rows"]
+        return out.to(self.device)
+
+    @torch.inference_mode()
+    def recommend(
+        self,
+        histories: Jagged,
+        k: int,
+        steps: Steps = None,
+        seed: int = 0,
+        row_keys: Tensor | None = None,
+        exclude: Jagged | None = None,
+    ) -> TopK:
+        """Lists as the graph ranks them.
+
+        With ``exclude``, or a k above the graph's, the graph gives representations and they are scored as in the other
+        engines; see `Engine.recommend` for the arguments.
+        """
+        table = self.table(steps)
+        self._check_top_k(torch.empty(len(histories), 0), k, exclude)
+        graph, session = self.session(table)
+        if exclude is not None or graph.k is None or k > graph.k or len(histories) == 0:
+            return super().recommend(histories, k, steps, seed, row_keys, exclude)
+        self.check_histories(histories)
+        histories = histories.tail(self.model.config.max_length)
+        keys = history_keys(histories) if row_keys is None else row_keys
+        noise = PhiloxNoise(seed, keys.to("cpu"), self.model.config.width)
+        state = self.encode(histories)
+        items = torch.empty(state.size, k, dtype=torch.int64)
+        scores = torch.empty(state.size, k)
+        runs = self._runs(graph, session, state, table, noise, ("items", "scores"))
+        for rows, found in zip(state.rows, runs, strict=True):
+            items[rows], scores[rows] = found["items"][:, :k], found["scores"][:, :k]
+        return TopK(items.to(self.device), scores.to(self.device))
+
+    def _runs(
+        self,
+        graph: GraphFile,
+        session: Any,
+        state: PaddedGroups,
+        table: DiffusionTable | None,
+        noise: PhiloxNoise | ExplicitNoise,
+        outputs: tuple[str, ...],
+    ) -> list[dict[str, Tensor]]:
+        found = []
+        for rows, histories in zip(state.rows, state.histories, strict=True):
+            inputs = request_inputs(graph, histories, table, noise, rows, self.model, self.narrowest)
+            found.append(self.run(graph, session, inputs, outputs))
+        return found
+
+    def session(self, table: DiffusionTable | None) -> tuple[GraphFile, Any]:
+        """The graph that runs a table, and its session. Raises ConfigError where the folder has none."""
+        steps = self._plan_of(table)
+        if steps not in self._chosen:
+            folder, manifest = self._graphs(steps)
+            graph = manifest.choose("request", self.precision, steps, only=self.only, format=self.format)
+            if graph is None or (graph.loop and table is not None and table.from_previous is not None):
+                held = [
+                    str(each.steps or "loop")
+                    for each in manifest.graphs
+                    if each.kind == "request" and each.format == self.format
+                ]
+                raise ConfigError(
+                    f"{folder}: holds no {self.precision} graph for {steps} steps; it holds: {', '.join(held)};"
+                    f" export it with --steps {table.steps if table is not None else 1}"
+                )
+            path = check_graph(folder, graph)
+            if graph.sha256 not in self._sessions:
+                self._sessions[graph.sha256] = self.open(path)
+            self._chosen[steps] = graph, self._sessions[graph.sha256]
+        return self._chosen[steps]
+
+    def _plan_of(self, table: DiffusionTable | None) -> Steps:
+        """The plan that a table was made for: tables are kept by plan, and come back as they were given out."""
+        if table is None:
+            return None
+        plan = next((plan for plan, kept in self._tables.items() if kept is table), table.steps)
+        return self.model.config.timesteps if plan is None else plan
+
+    def _graphs(self, steps: Steps) -> tuple[Path, Manifest]:
+        if self.folder is not None and self._manifest is not None:
+            return self.folder, self._manifest
+        loop = self.loops and isinstance(steps, int) and steps > MOST_UNROLLED
+        return export_for(self.format, self.model, self.fingerprint, None if loop else steps, loop, self.precision)
+
+    def _check_model(self, manifest: Manifest, folder: Path) -> None:
+        if manifest.model_fingerprint != self.fingerprint:
+            raise ExportError(
+                f"{folder}: was exported from another model ({manifest.model_fingerprint[:12]}) than this one"
+                f" ({self.fingerprint[:12]}); export this run, or load the one it came from"
+            )
+
+
+def request_inputs(
+    graph: GraphFile,
+    histories: Jagged,
+    table: DiffusionTable | None,
+    noise: PhiloxNoise | ExplicitNoise,
+    rows: Tensor,
+    model: SequenceModel,
+    narrowest: int = 1,
+) -> dict[str, np.ndarray]:
+    """What a graph is given for one group. rows: the group's rows `[U]` in the noise. narrowest: least columns."""
+    names = {spec.name for spec in graph.inputs}
+    inputs = {
+        "histories": histories.padded(max(narrowest, int(histories.lengths.max()))).numpy(),
+        "lengths": histories.lengths.numpy(),
+    }
+    if "noise" in names and table is not None:
+        source = noise.select(rows.to(noise.values.device if isinstance(noise, ExplicitNoise) else "cpu"))
+        drawn = torch.zeros(table.steps + 1, len(histories), model.config.width)
+        if table.starts_noisy:
+            drawn[0] = source(0)
+        for row in range(1, table.steps):
+            # Rows that no coefficient reads stay zero: nothing is drawn for them.
+            if float(table.sigma[row]) != 0.0:
+                drawn[table.steps - row] = source(table.steps - row)
+        inputs["noise"] = drawn.numpy()
+    if "times" in names and table is not None:
+        columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
+        inputs |= {"times": table.time.numpy(), "coefficients": columns.contiguous().numpy()}
+    if "table" in names:
+        kind = next(spec.dtype for spec in graph.inputs if spec.name == "table")
+        inputs["table"] = model.table.detach().cpu().to(getattr(torch, kind)).numpy()
+    return inputs
+
+
+def group_bounds(lengths: tuple[int, ...], run_tokens: float) -> tuple[int, ...]:
+    """Cut rising lengths into groups, each padded to its longest, at the least cost.
+
+    A group costs its padded tokens and ``run_tokens`` more. Returns where groups begin, and the end.
+    """
+    edges = [0, *(place for place in range(1, len(lengths)) if lengths[place] != lengths[place - 1]), len(lengths)]
+    cheapest, began = [0.0] + [math.inf] * (len(edges) - 1), [0] * len(edges)
+    for end in range(1, len(edges)):
+        longest = lengths[edges[end] - 1]
+        for start in range(end):
+            cost = cheapest[start] + run_tokens + (edges[end] - edges[start]) * longest
+            if cost < cheapest[end]:
+                cheapest[end], began[end] = cost, start
+    bounds, place = [edges[-1]], len(edges) - 1
+    while place:
+        place = began[place]
+        bounds.append(edges[place])
+    return tuple(reversed(bounds))
+
+
+def export_for(
+    format: GraphFormat, model: SequenceModel, fingerprint: str, steps: Steps, loop: bool, precision: Precision
+) -> tuple[Path, Manifest]:
+    """Export the graph of a plan into the cache folder, or find it there; returns its folder and manifest."""
+    exporters = {entry.name: entry for entry in entry_points(group=EXPORTERS)}
+    if format not in exporters:
+        raise NotSupportedError("this installation exports nothing: install adrec as a whole (pip install .)")
+    export: Callable[..., Path] = exporters[format].load()
+    folder = export(model, cache_folder() / fingerprint[:32], steps=steps, loop=loop, precision=precision, k=RESULTS)
+    return folder, load_manifest(folder)
+
+
+def cache_folder() -> Path:
+    """Where engines keep what they export: ``adrec/exports`` in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "adrec" / "exports"

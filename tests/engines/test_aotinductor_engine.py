@@ -1,0 +1,75 @@
+"""Packages of AOTInductor: `cached`'s lists from compiled code, for batches and lengths it was not compiled with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adrec.data.jagged import Jagged
+from adrec.engines import AotInductorEngine, CachedEngine
+from adrec.engines.exported import ExportError, load_manifest
+from adrec.errors import NotSupportedError
+from adrec.models.base import SequenceModel
+from compress.export.aotinductor import export_aotinductor
+from compress.export.onnx_export import ExportOptions
+
+ITEMS, WIDTH, TOLERANCE = 40, 16, 1e-5
+ModelFactory = Callable[..., SequenceModel]
+
+ALONE = """
+import json, sys, torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+items = package(torch.tensor([[0, 0, 5, 9]]), torch.tensor([2]), torch.zeros(2, 1, 16))[0]
+assert not [name for name in sys.modules if name.split(".")[0] in ("adrec", "compress")]
+print(json.dumps(items.tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_a_package_gives_the_lists_of_cached(tmp_path: Path, tiny_model: ModelFactory) -> None:
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("AOTInductor needs a C++ compiler")
+    model = tiny_model(lambda_uncertainty=1.0)
+    export_aotinductor(model, tmp_path / "export", ExportOptions(steps=(1,), k=10))
+    (graph,) = load_manifest(tmp_path / "export").graphs
+    engine, exact = AotInductorEngine.from_export(tmp_path / "export", model), CachedEngine(model)
+    for lengths in ([1], [2], [50], [7, 1, 50, 6, 2], [3] * 33):
+        generator = torch.Generator().manual_seed(len(lengths))
+        histories = Jagged.from_lists(
+            torch.randint(1, ITEMS + 1, (length,), generator=generator).tolist() for length in lengths
+        )
+        best = exact.recommend(histories, 10, 1, seed=3)
+        found = engine.recommend(histories, 10, 1, seed=3)
+        torch.testing.assert_close(found.scores, best.scores, rtol=0, atol=TOLERANCE)
+        assert torch.equal(found.items, best.items)
+        wanted = exact.represent(histories, 1, seed=3)
+        torch.testing.assert_close(engine.represent(histories, 1, seed=3), wanted, rtol=0, atol=TOLERANCE)
+    # Another program loads it without a line of this project.
+    package = tmp_path / "export" / graph.file
+    alone = subprocess.run(
+        [sys.executable, "-c", ALONE, str(package)], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    rows = exact.represent(Jagged.from_lists([[5, 9]]), 1, noise=torch.zeros(2, 1, WIDTH))
+    assert json.loads(alone.stdout) == exact.top_k(rows, 10).items.tolist()
+
+
+def test_what_packages_do_not_hold_is_refused(tmp_path: Path, tiny_model: ModelFactory) -> None:
+    with pytest.raises(NotSupportedError, match="float32 requests with unrolled steps only; use --to onnx"):
+        export_aotinductor(tiny_model(), tmp_path / "export", ExportOptions(loop=True))
+    with pytest.raises(NotSupportedError, match="keeps the item table inside"):
+        export_aotinductor(tiny_model(), tmp_path / "export", ExportOptions(catalogue="input"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_foreign_package_is_an_error(tmp_path: Path, tiny_model: ModelFactory) -> None:
+    path = tmp_path / "foreign.pt2"
+    path.write_bytes(b"no package")
+    with pytest.raises(ExportError, match=r"foreign\.pt2: torch cannot load the package"):
+        AotInductorEngine(tiny_model()).open(path)

@@ -1,0 +1,223 @@
+"""The ONNX Runtime engine: `cached`'s results whatever the grouping, its cache of exports, and no silent fall-backs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adrec.config import ServingConfig
+from adrec.data.jagged import Jagged
+from adrec.engines import ENGINES, CachedEngine, OnnxRuntimeEngine, exact_engines, make_engine
+from adrec.engines import onnxruntime as module
+from adrec.engines.exported import ExportError, load_manifest
+from adrec.engines.exported_engine import group_bounds
+from adrec.engines.onnxruntime import check_provider, load_onnxruntime
+from adrec.errors import ConfigError, NotSupportedError
+from adrec.models.base import SequenceModel
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ITEMS, WIDTH, TOLERANCE = 40, 16, 1e-5
+ModelFactory = Callable[..., SequenceModel]
+
+
+def histories_of(lengths: list[int], seed: int = 0) -> Jagged:
+    generator = torch.Generator().manual_seed(seed)
+    return Jagged.from_lists(torch.randint(1, ITEMS + 1, (length,), generator=generator).tolist() for length in lengths)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of its own, so that no test reads or fills the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "adrec" / "exports"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: ModelFactory) -> SequenceModel:
+    return tiny_model(lambda_uncertainty=1.0)
+
+
+@pytest.fixture(scope="module")
+def engine(cache: Path, model: SequenceModel) -> OnnxRuntimeEngine:
+    """The engine by name; its first request with 2 steps exports a graph, and every later one runs it."""
+    made = make_engine("onnxruntime", model)
+    assert isinstance(made, OnnxRuntimeEngine)
+    made.recommend(histories_of([3]), 1, 2)
+    return made
+
+
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 3, 5, 9, 30, 49, 50, 61]), min_size=1, max_size=12),
+    seed=st.integers(0, 2**40),
+    k=st.integers(1, 20),
+)
+@settings(max_examples=25, deadline=None)
+def test_lists_and_representations_equal_cached(
+    engine: OnnxRuntimeEngine, lengths: list[int], seed: int, k: int
+) -> None:
+    histories, exact = histories_of(lengths, seed), CachedEngine(engine.model)
+    rows = exact.represent(histories, 2, seed)
+    torch.testing.assert_close(engine.represent(histories, 2, seed), rows, rtol=0, atol=TOLERANCE)
+    best, found = exact.top_k(rows, k), engine.recommend(histories, k, 2, seed)
+    torch.testing.assert_close(found.scores, best.scores, rtol=0, atol=TOLERANCE)
+    # Where two places hold other items, their scores are ties.
+    places = found.items != best.items
+    with torch.inference_mode():
+        own = torch.einsum("bd,bkd->bk", rows, exact.model.table[found.items])
+    assert (own - best.scores)[places].abs().max().item() <= 2 * TOLERANCE if bool(places.any()) else True
+
+
+def test_row_keys_and_explicit_noise_reach_the_graph(engine: OnnxRuntimeEngine) -> None:
+    histories, exact = histories_of([4, 1, 4, 50]), CachedEngine(engine.model)
+    keys = torch.tensor([5, 6, 7, 8])
+    found = engine.recommend(histories, 5, 2, 3, keys)
+    assert torch.equal(found.items, exact.recommend(histories, 5, 2, 3, keys).items)
+    assert not torch.equal(found.items, engine.recommend(histories, 5, 2, 3, keys + 1).items)
+    noise = torch.randn(3, 4, WIDTH)
+    torch.testing.assert_close(
+        engine.represent(histories, 2, noise=noise), exact.represent(histories, 2, noise=noise), rtol=0, atol=TOLERANCE
+    )
+
+
+def test_a_user_does_not_depend_on_the_batch(engine: OnnxRuntimeEngine) -> None:
+    histories = histories_of([3, 50, 1, 12, 3, 7, 1, 28, 9])
+    best = engine.recommend(histories, 10, 2, seed=11)
+    for user in range(len(histories)):
+        alone = engine.recommend(histories.select(torch.tensor([user])), 10, 2, seed=11)
+        assert alone.items[0].tolist() == best.items[user].tolist()
+
+
+def test_own_items_and_long_lists_are_served_too(engine: OnnxRuntimeEngine) -> None:
+    histories, exact = histories_of([6, 2]), CachedEngine(engine.model)
+    without = engine.recommend(histories, 5, 2, exclude=histories)
+    assert torch.equal(without.items, exact.recommend(histories, 5, 2, exclude=histories).items)
+    assert torch.equal(engine.recommend(histories, 33, 2).items, exact.recommend(histories, 33, 2).items)
+
+
+def test_an_empty_batch_and_bad_requests(engine: OnnxRuntimeEngine) -> None:
+    assert engine.recommend(Jagged.from_lists([]), 3, 2).items.shape == (0, 3)
+    with pytest.raises(ValueError, match="history 1 is empty"):
+        engine.recommend(Jagged.from_lists([[1], []]), 3, 2)
+    with pytest.raises(ValueError, match="item ids span 41 to 41; allowed: 1 to 40"):
+        engine.recommend(Jagged.from_lists([[41]]), 3, 2)
+    with pytest.raises(ValueError, match="k is 41; allowed: 1 to 40"):
+        engine.recommend(histories_of([2]), 41, 2)
+    with pytest.raises(ConfigError, match="steps is 33; allowed: 1 to 32"):
+        engine.recommend(histories_of([2]), 3, 33)
+    with pytest.raises(NotSupportedError, match="cannot sample with early stop"):
+        engine.recommend(histories_of([2]), 3, ServingConfig.model_validate({"early_stop": {"top": 5}}))
+
+
+def test_an_export_is_made_once_and_kept_for_the_next_process(
+    engine: OnnxRuntimeEngine, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = (cache / engine.fingerprint[:32]).iterdir()
+    assert [graph.steps for graph in load_manifest(folder).graphs] == [2]
+
+    def fails(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("exported again")
+
+    monkeypatch.setattr("compress.export.onnx_export.export_onnx", fails)
+    histories = histories_of([5, 9])
+    again = make_engine("onnxruntime", engine.model).recommend(histories, 5, 2)
+    assert torch.equal(again.items, engine.recommend(histories, 5, 2).items)
+
+
+def test_a_damaged_cache_is_noticed(engine: OnnxRuntimeEngine, cache: Path) -> None:
+    (folder,) = (cache / engine.fingerprint[:32]).iterdir()
+    path = folder / load_manifest(folder).graphs[0].file
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(whole[:-100])
+        with pytest.raises(ExportError, match="was changed or cut after it was exported"):
+            make_engine("onnxruntime", engine.model).recommend(histories_of([2]), 1, 2)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_from_export_wants_the_same_model_and_what_the_folder_holds(
+    engine: OnnxRuntimeEngine, cache: Path, tiny_model: ModelFactory
+) -> None:
+    (folder,) = (cache / engine.fingerprint[:32]).iterdir()
+    loaded = OnnxRuntimeEngine.from_export(folder, engine.model, threads=1)
+    histories = histories_of([5, 9])
+    assert torch.equal(loaded.recommend(histories, 5, 2).items, engine.recommend(histories, 5, 2).items)
+    with pytest.raises(ExportError, match="was exported from another model"):
+        OnnxRuntimeEngine.from_export(folder, tiny_model(seed=1, lambda_uncertainty=1.0))
+    with pytest.raises(ConfigError, match="holds no onnx request graph in fp16; it holds: fp32"):
+        OnnxRuntimeEngine.from_export(folder, engine.model, precision="fp16")
+    with pytest.raises(ConfigError, match="holds no fp32 graph for 5 steps; it holds: 2; export it with --steps 5"):
+        loaded.recommend(histories, 5, 5)
+    with pytest.raises(ConfigError, match="threads is 0; allowed: 1 or more"):
+        OnnxRuntimeEngine.from_export(folder, engine.model, threads=0)
+
+
+def test_providers_are_there_or_refused(engine: OnnxRuntimeEngine, model: SequenceModel) -> None:
+    runtime = load_onnxruntime()
+    with pytest.raises(
+        ConfigError, match=r"provider is 'cdua' \(did you mean 'cuda'\?\); allowed: cpu, cuda, tensorrt"
+    ):
+        check_provider(runtime, "cdua")
+    assert check_provider(runtime, "cpu") == "CPUExecutionProvider"
+    for name, full in (("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")):
+        if full not in runtime.get_available_providers():
+            with pytest.raises(NotSupportedError, match=f"has no {full}, only .*CPUExecutionProvider"):
+                OnnxRuntimeEngine(model, provider=name)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_session_of_another_provider_is_an_error(
+    engine: OnnxRuntimeEngine, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime falls back by itself where a provider's libraries fail to load; asking the session tells."""
+    (folder,) = (cache / engine.fingerprint[:32]).iterdir()
+    monkeypatch.setattr(module, "check_provider", lambda runtime, name: "CUDAExecutionProvider")
+    loaded = OnnxRuntimeEngine.from_export(folder, engine.model)
+    with pytest.raises(
+        ExportError, match=r"runs it with CPUExecutionProvider, not with CUDAExecutionProvider|cannot load"
+    ):
+        loaded.recommend(histories_of([2]), 1, 2)
+
+
+def test_names_and_precisions() -> None:
+    assert {"onnxruntime", "onnxruntime-int8"} <= set(ENGINES)
+    # They make a file first, so verification and the tests of all exact engines do not start them.
+    assert "onnxruntime" not in exact_engines(torch.device("cpu"))
+
+
+def test_without_onnxruntime_the_error_says_what_to_install(
+    model: SequenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert not OnnxRuntimeEngine.runs_on(torch.device("cpu"))
+    with pytest.raises(NotSupportedError, match=r"pip install 'adrec\[onnx\]'"):
+        make_engine("onnxruntime", model)
+
+
+def cost(lengths: list[int], bounds: tuple[int, ...], run_tokens: float) -> float:
+    return sum(run_tokens + (last - first) * lengths[last - 1] for first, last in pairwise(bounds))
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9).map(sorted), run_tokens=st.integers(0, 40))
+@settings(max_examples=150, deadline=None)
+def test_groups_cost_the_least_of_all_ways_to_cut(lengths: list[int], run_tokens: int) -> None:
+    bounds = group_bounds(tuple(lengths), run_tokens)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(lengths)
+    every = range(2 ** (len(lengths) - 1))
+    cuts = ((0, *(1 + bit for bit in range(len(lengths) - 1) if chosen >> bit & 1), len(lengths)) for chosen in every)
+    assert cost(lengths, bounds, run_tokens) == min(cost(lengths, each, run_tokens) for each in cuts)
