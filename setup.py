@@ -9,7 +9,17 @@ VERSION = "0.1.0"
 ROOMS = ("adrec", "kernels", "compress", "bench")
 
 TRITON = "triton>=3.6,<4; platform_system == 'Linux'"
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+TORCHAO = "torchao>=0.18"
+FAISS = "faiss-cpu>=1.9"
+POLYGRAPHY = "polygraphy>=0.49"
 EXTRAS = {
+    "onnx": ONNX,
+    "quantize": [TORCHAO],
+    "faiss": [FAISS],
+    "polygraphy": [POLYGRAPHY],
+    # Its wheels bring libraries for CUDA 13 from NVIDIA's own index.
+    "tensorrt": [*ONNX, "tensorrt>=10.12; platform_system == 'Linux'"],
     "png": ["matplotlib>=3.8"],
     # Wheels of torch for CUDA bring Triton with them; this is for other builds of torch.
     "triton": [TRITON],
@@ -24,6 +34,10 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
+        *ONNX,
+        FAISS,
+        POLYGRAPHY,
+        TORCHAO,
         TRITON,
         "types-PyYAML>=6.0",
     ],
@@ -62,8 +76,15 @@ setup(
         "adrec.commands": [
             "adrec = adrec.commands:register",
             "bench = bench.cli:register",
+            "compress = bench.compression.commands:register",
             "demo = bench.demo:register",
+            "export = compress.export.command:register",
             "kernels = bench.kernels.commands:register",
+        ],
+        # What makes a file for an engine that reads one: `adrec` never imports `compress`.
+        "adrec.exporters": [
+            "aotinductor = compress.export.aotinductor:export_for_engine",
+            "onnx = compress.export.onnx_export:export_for_engine",
         ],
     },
     classifiers=[

@@ -1,0 +1,319 @@
+"""`adrec export`: a run as files of another runtime, their linter, and their comparison with the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from adrec.commands.options import integers
+from adrec.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from adrec.checkpoint import Run
+    from adrec.data.dataset import Examples
+    from compress.export.comparison import Pair
+
+TARGETS = ("onnx", "tensorrt", "aotinductor")
+INT8 = ("dynamic", "qdq")
+
+
+class _RunFirst(TyperGroup):
+    """``adrec export RUN`` is ``adrec export run RUN``: what is no other sub-command names a run."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "-h", "--help"}:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the `export` group to the root application."""
+    group = typer.Typer(
+        cls=_RunFirst, help="Files for ONNX Runtime and TensorRT: `adrec export RUN --out DIR`.", no_args_is_help=True
+    )
+    group.command("run", hidden=True)(export)
+    group.command("lint")(lint_files)
+    group.command("verify")(verify)
+    app.add_typer(group, name="export")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")],
+    to: Annotated[str, typer.Option(help="onnx, tensorrt or aotinductor.")] = "onnx",
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Step counts, a graph each; default: how the run is served, or 1."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    int8: Annotated[
+        str | None, typer.Option(help="Also int8: dynamic (ONNX Runtime on CPUs), qdq (GPUs), or both with a comma.")
+    ] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Also float8 with Q/DQ nodes (GPUs from Ada on).")] = False,
+    quantiser: Annotated[str, typer.Option(help="Of Q/DQ nodes: onnxruntime or modelopt.")] = "onnxruntime",
+    loop: Annotated[bool, typer.Option("--loop", help="Also a graph whose step count is an input.")] = False,
+    split: Annotated[bool, typer.Option("--split", help="Also the request in three: encode, denoise, score.")] = False,
+    table: Annotated[str, typer.Option(help="Item table: inside, input, or outside (with --split).")] = "inside",
+    k: Annotated[int, typer.Option(min=1, help="Items in a list.")] = 20,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Export the SASRec+ of stage 1 instead.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Data to calibrate with; default: the run's own.")] = None,
+    calibration_users: Annotated[int, typer.Option(min=1, help="Histories to calibrate with.")] = 256,
+    inline_mib: Annotated[
+        int | None, typer.Option(min=0, help="Weights above so many MiB go to a file of their own; default 2032.")
+    ] = None,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="TensorRT: DIM=MIN:OPT:MAX,... such as batch=1:1:1,length=1:8:50. Repeatable."),
+    ] = None,
+    plugins: Annotated[
+        bool,
+        typer.Option("--plugins", help="Steps and scoring as nodes that TensorRT runs with own kernels."),
+    ] = False,
+    weights: Annotated[str, typer.Option(help="TensorRT: fixed, refit, or stripped from the plan.")] = "fixed",
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="TensorRT: also for newer ones of its major version; slower.")
+    ] = False,
+    hardware_compatibility: Annotated[
+        str, typer.Option(help="TensorRT: none, same_compute_capability or ampere_plus; slower.")
+    ] = "none",
+    workspace_mib: Annotated[int, typer.Option(min=1, help="TensorRT: most scratch memory of a kernel.")] = 4096,
+    tf32: Annotated[bool, typer.Option("--tf32", help="TensorRT: round float32 products to TF32.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+) -> None:
+    """Export a run: histories in, items and scores out, one graph a step count.
+
+    Exit status 2 for bad input, 3 where all but the TensorRT plan could be written.
+    """
+    from adrec.checkpoint import load_run
+    from compress.export.folder import check_folder
+    from compress.export.manifest import Origin
+    from compress.export.onnx_export import INLINE_LIMIT, ExportOptions, export_onnx
+
+    _choose(to, TARGETS, "--to")
+    _choose(precision, ("fp32", "fp16"), "--precision")
+    _choose(table, ("inside", "input", "outside"), "--table")
+    _choose(quantiser, ("onnxruntime", "modelopt"), "--quantiser")
+    kinds = [_choose(each.strip(), INT8, "--int8") for each in int8.split(",")] if int8 is not None else []
+    quantised = [f"int8-{kind}" for kind in kinds] + (["fp8-qdq"] if fp8 else [])
+    if (to == "tensorrt") != bool(profile):
+        raise ConfigError(
+            "--to tensorrt needs --profile, at least one, such as batch=1:1:1,length=1:8:50"
+            if to == "tensorrt"
+            else f"--profile is for --to tensorrt; --to is '{to}'"
+        )
+    if to == "tensorrt":
+        from adrec.config import parse
+        from compress.export.tensorrt.command import check_tensorrt
+        from compress.export.tensorrt.options import BuildOptions
+
+        profiles = check_tensorrt(profile or [], k=k, loop=loop, table=table, quantised=quantised)
+        build_options = parse(
+            BuildOptions,
+            {
+                "weights": weights,
+                "version_compatible": version_compatible,
+                "hardware_compatibility": hardware_compatibility,
+                "workspace_mib": workspace_mib,
+                "tf32": tf32,
+            },
+            "options of --to tensorrt",
+        )
+    check_folder(out, overwrite)
+    source = load_run(run)
+    if baseline:
+        source = _baseline_of(source)
+    plans = _plans(source, steps)
+    calibrated = [name for name in quantised if name.endswith("qdq")]
+    options = ExportOptions(
+        steps=plans,
+        precision="fp16" if precision == "fp16" else "fp32",
+        quantised=quantised,  # type: ignore[arg-type]
+        loop=loop,
+        split=split,
+        k=k,
+        catalogue=table,  # type: ignore[arg-type]
+        inline_limit=INLINE_LIMIT if inline_mib is None else inline_mib * 2**20,
+        calibration=_calibration(source, data, calibration_users) if calibrated else None,
+        quantiser="modelopt" if quantiser == "modelopt" else "onnxruntime",
+        plugins=plugins,
+    )
+    console = Console(soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
+    if to == "aotinductor":
+        from compress.export.aotinductor import export_aotinductor
+
+        export_aotinductor(source.model, out, options, origin=Origin.of_run(source), overwrite=overwrite, report=say)
+        return
+    manifest = export_onnx(source.model, out, options, origin=Origin.of_run(source), overwrite=overwrite, report=say)
+    say(f"{len(manifest.graphs)} graphs in {out}; `adrec export verify {out} --against {run}` compares them")
+    if to == "tensorrt":
+        from compress.export.tensorrt.command import build_plans
+
+        build_plans(out, manifest, profiles, build_options, say)
+
+
+def lint_files(
+    files: Annotated[list[Path], typer.Argument(help="ONNX files, of this project or not.", show_default=False)],
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Sizes of requests, DIM=MIN:OPT:MAX,...; repeatable.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="any (also TensorRT) or onnxruntime.")] = "any",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find what ONNX Runtime or TensorRT refuses or gets wrong, with a reason and a fix each.
+
+    Exit status 0 without errors (warnings are allowed), 1 with some, 2 for what is no ONNX file.
+    """
+    from compress.export.lint import lint, parse_target
+
+    chosen, sizes = parse_target(target), _sizes(profile)
+    found = {file: lint(file, target=chosen, profiles=sizes) for file in files}
+    if json_:
+        lines = {str(file): [each.model_dump(mode="json") for each in findings] for file, findings in found.items()}
+        typer.echo(json.dumps(lines, indent=2))
+    else:
+        console = Console()
+        for file, findings in found.items():
+            if not findings:
+                console.print(f"{escape(str(file))}: clean", highlight=False, soft_wrap=True)
+                continue
+            table = Table("rule", "where", "reason", "fix", title=str(file), title_justify="left")
+            for each in findings:
+                colour = "red" if each.severity == "error" else "yellow"
+                table.add_row(f"[{colour}]{each.rule}[/]", escape(each.where), escape(each.reason), escape(each.fix))
+            console.print(table)
+    if any(each.severity == "error" for findings in found.values() for each in findings):
+        raise typer.Exit(1)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder written by `adrec export`.", show_default=False)],
+    against: Annotated[Path, typer.Option(help="The run it came from.")],
+    data: Annotated[Path | None, typer.Option(help="Data set; default: the one the run was trained on.")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Compare on a random sample of so many users.")] = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
+    providers: Annotated[
+        str | None, typer.Option(help="cpu, cuda, tensorrt, with commas; default: those installed.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Users at a time; all go through the largest.")] = "1,2,33,512",
+    save: Annotated[
+        Path | None, typer.Option(help="Also save inputs and outputs there, for `polygraphy run` on another machine.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write every pair to this file.")] = None,
+) -> None:
+    """Compare exported graphs with the run they came from, on the same histories and noise.
+
+    Exit status 1 where a graph is beyond the bound of its precision: scores to 1e-5 and the same lists up to ties
+    (fp32), overlap .995 (fp16), 99.5 % of NDCG@20 (int8, fp8).
+    """
+    from adrec.checkpoint import load_run
+    from adrec.files import check_output, write_text
+    from compress.export.verify import save_for_replay, verify_export
+
+    _choose(split, ("validation", "test"), "--split")
+    if output is not None:
+        check_output(output, "--json")
+    source = load_run(against)
+    examples = _examples(source, data, split, users)
+    console = Console(soft_wrap=True)
+    pairs = verify_export(
+        folder,
+        source,
+        examples,
+        providers=None if providers is None else [each.strip() for each in providers.split(",")],
+        batch_sizes=integers(batch_sizes, "--batch-sizes", 1, 2**20),
+        report=lambda pair: console.print(_line(pair), markup=False, highlight=False),
+    )
+    if output is not None:
+        write_text(output, json.dumps([pair.model_dump(mode="json") for pair in pairs], indent=2) + "\n")
+    if save is not None:
+        for graph, inputs, outputs in save_for_replay(folder, source, examples.histories, save):
+            command = f"polygraphy run {folder / graph} --trt --load-inputs {inputs} --load-outputs {outputs}"
+            console.print(command, markup=False, highlight=False)
+    if any(pair.faults for pair in pairs):
+        raise typer.Exit(1)
+
+
+def _line(pair: Pair) -> str:
+    value, low, high = pair.hr_difference
+    kept = "-" if pair.ndcg_kept is None else "{:.2f} % [{:.2f}, {:.2f}]".format(*pair.ndcg_kept)
+    steps = "" if pair.steps is None else f", {pair.steps} steps"
+    return (
+        f"{pair.graph}, {pair.runtime}{steps}: score error {pair.score_error:.1e}, tie tolerance needed"
+        f" {pair.tie_tolerance:.1e}, overlap {pair.overlap:.4f}, HR@20 {value:+.2f} [{low:+.2f}, {high:+.2f}], NDCG@20"
+        f" kept {kept}, {pair.users} users: {'; '.join(pair.faults) or 'ok'}"
+    )
+
+
+def _choose(value: str, allowed: tuple[str, ...], option: str) -> str:
+    if value not in allowed:
+        raise ConfigError(f"{option} is '{value}'{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _plans(source: Run, steps: str | None) -> list[Any]:
+    if source.config.model != "adrec":
+        if steps not in (None, "1"):
+            raise ConfigError(f"--steps is {steps}, but a '{source.config.model}' run has no reverse steps")
+        return [1]
+    if steps is not None:
+        return list(integers(steps, "--steps", 1, source.config.timesteps))
+    return [source.settings.serving or 1]
+
+
+def _baseline_of(source: Run) -> Run:
+    from adrec.errors import RunError
+
+    found = source.baseline()
+    if found is None:
+        raise RunError(f"{source.path}: holds no SASRec+ baseline; export a run of `adrec train --model sasrec`")
+    return found
+
+
+def _calibration(source: Run, data: Path | None, users: int) -> Any:
+    import numpy as np
+    import torch
+
+    from adrec.data.of_run import open_data
+
+    sequences = open_data(source, data).training_sequences()
+    known = (sequences.lengths > 0).nonzero().squeeze(1).numpy()
+    picked = np.random.default_rng(0).permutation(known)[:users]
+    return sequences.select(torch.from_numpy(np.sort(picked)))
+
+
+def _examples(source: Run, data: Path | None, split: str, users: int | None) -> Examples:
+    import numpy as np
+    import torch
+
+    from adrec.data.dataset import Examples
+    from adrec.data.of_run import open_data
+
+    examples = open_data(source, data).examples("test" if split == "test" else "validation")
+    if users is None or users >= len(examples):
+        return examples
+    rows = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(examples))[:users]))
+    return Examples(examples.histories.select(rows), examples.targets[rows], examples.users[rows])
+
+
+def _sizes(profile: list[str] | None) -> dict[str, tuple[int, int]] | None:
+    from adrec.engines.tensorrt.profiles import parse_profile
+
+    if not profile:
+        return None
+    found: dict[str, tuple[int, int]] = {}
+    for text in profile:
+        for name, sizes in parse_profile(text).ranges.items():
+            low, high = found.get(name, (sizes.min, sizes.max))
+            found[name] = min(low, sizes.min), max(high, sizes.max)
+    return found

@@ -1,0 +1,78 @@
+"""The ONNX linter: what a runtime refuses, or gets wrong without a word, found before it reads the file.
+
+Works on any ONNX file. Each finding names the rule, where it is, why it matters and what to do. Rules that only
+TensorRT has are left out for files that say they are for ONNX Runtime on CPUs (``adrec.runtime`` in their metadata), or
+with ``target="onnxruntime"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from adrec.config import StrictModel
+from adrec.engines.exported import ExportError
+from adrec.errors import ConfigError
+from compress.export.onnx_graph import GraphView, read_view
+
+Target = Literal["any", "onnxruntime"]
+Severity = Literal["error", "warning"]
+TARGETS: tuple[Target, ...] = ("any", "onnxruntime")
+
+
+class Finding(StrictModel):
+    """One fault. where: a node, tensor or dimension of the file. An error fails the lint, a warning does not."""
+
+    rule: str
+    severity: Severity
+    where: str
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check: yields ``(where, reason)`` pairs. tensorrt: only TensorRT minds."""
+
+    name: str
+    check: Callable[[GraphView], Iterable[tuple[str, str]]]
+    fix: str
+    severity: Severity = "error"
+    tensorrt: bool = False
+
+
+def lint(path: Path, *, target: Target = "any", profiles: Mapping[str, tuple[int, int]] | None = None) -> list[Finding]:
+    """Check an ONNX file, errors first.
+
+    profiles: smallest and largest size of each named dimension that requests will have; given, every dimension of the
+    inputs must be in it. Raises ExportError for what is no ONNX file.
+    """
+    from compress.export.lint_rules import RULES
+
+    view = read_view(path, profiles)
+    tensorrt = target == "any" and view.runtime != "onnxruntime-cpu"
+    found = [
+        Finding(rule=rule.name, severity=rule.severity, where=where, reason=reason, fix=rule.fix)
+        for rule in RULES
+        if tensorrt or not rule.tensorrt
+        for where, reason in rule.check(view)
+    ]
+    return sorted(found, key=lambda finding: finding.severity)
+
+
+def require_clean(path: Path) -> None:
+    """Raise ExportError listing the errors of a file just exported, if there are any."""
+    faults = [finding for finding in lint(path) if finding.severity == "error"]
+    if faults:
+        lines = "\n".join(f"  {each.rule}, {each.where}: {each.reason}" for each in faults[:10])
+        raise ExportError(f"{path.name}: the exported graph breaks {len(faults)} rules and was not kept:\n{lines}")
+
+
+def parse_target(text: str) -> Target:
+    """``any`` or ``onnxruntime``; raises ConfigError for another word."""
+    for target in TARGETS:
+        if text == target:
+            return target
+    raise ConfigError(f"--target is '{text}'; allowed: {', '.join(TARGETS)}")

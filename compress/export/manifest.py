@@ -1,0 +1,131 @@
+"""What an exported graph says of itself: entries of the manifest, and the same facts inside the ONNX file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adrec.checkpoint import Run, model_fingerprint
+from adrec.config import ModelConfig, ServingConfig
+from adrec.engines.exported import GraphFile, Manifest, Precision, StepTable, graph_sha256
+from adrec.files import write_text
+from adrec.models.base import SequenceModel
+from adrec.respacing import Steps
+from adrec.schedule import DiffusionTable
+from adrec.versions import installed_versions
+from compress.export.graphs import Graph
+
+PREFIX = "adrec."
+_TOOLS = ("adrec", "torch", "onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a graph's numbers come from; everything that a reader of the file alone should know."""
+
+    config: ModelConfig
+    model_fingerprint: str
+    dataset_name: str | None = None
+    dataset_fingerprint: str | None = None
+
+    @classmethod
+    def of_run(cls, run: Run) -> Origin:
+        return cls(run.config, run.fingerprint, run.info.dataset_name, run.dataset_fingerprint)
+
+    @classmethod
+    def of_model(cls, model: SequenceModel) -> Origin:
+        return cls(model.config, model_fingerprint(model.state_dict()))
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what makes graphs, those that are installed."""
+    found = installed_versions()
+    return {name: version for name in _TOOLS if (version := found.get(name)) is not None}
+
+
+def cache_name(format: str, model: SequenceModel, steps: Steps, loop: bool, precision: Precision, k: int) -> str:
+    """Name of the folder of one engine's graph; it holds all that decides the file but the weights."""
+    plan = steps.model_dump_json() if isinstance(steps, ServingConfig) else str(steps)
+    facts = json.dumps([format, plan, loop, k, model.config.model_dump(mode="json"), tool_versions()])
+    return f"{format}-{precision}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+
+
+def metadata(graph: Graph, origin: Origin, precision: Precision, serving: ServingConfig | None) -> dict[str, str]:
+    """``metadata_props`` of an ONNX file, all text."""
+    plan, config = graph.plan, origin.config
+    facts: dict[str, object] = {
+        "kind": plan.kind,
+        "model": config.model,
+        "model_fingerprint": origin.model_fingerprint,
+        "dataset": origin.dataset_name,
+        "dataset_fingerprint": origin.dataset_fingerprint,
+        "precision": precision,
+        "runtime": "onnxruntime-cpu" if precision == "int8-dynamic" else "any",
+        "catalogue": plan.catalogue,
+        "items": config.items,
+        "max_length": config.max_length,
+        "padding": config.padding,
+        "positions": config.positions,
+        "k": plan.k if plan.kind in ("request", "score") else None,
+    }
+    if graph.diffusion:
+        facts |= {
+            "schedule": config.schedule,
+            "trained_steps": config.timesteps,
+            "steps": "loop" if plan.loop else None if plan.table is None else plan.table.steps,
+            "serving": None if serving is None else json.dumps(serving.model_dump(mode="json")),
+        }
+    versions = {f"version.{name}": version for name, version in tool_versions().items()}
+    return {PREFIX + name: str(value) for name, value in (facts | versions).items() if value is not None}
+
+
+def graph_file(
+    folder: Path,
+    file: str,
+    graph: Graph,
+    precision: Precision,
+    serving: ServingConfig | None,
+    data: str | None,
+) -> GraphFile:
+    """The manifest's entry of a graph just written to ``folder``."""
+    plan = graph.plan
+    return GraphFile(
+        file=file,
+        kind=plan.kind,
+        precision=precision,
+        steps=None if plan.table is None else plan.table.steps,
+        serving=serving,
+        loop=plan.loop,
+        k=plan.k if plan.kind in ("request", "score") else None,
+        catalogue=plan.catalogue,
+        data=data,
+        sha256=graph_sha256(folder, file, data),
+        inputs=tuple(graph.inputs),
+        outputs=tuple(graph.outputs),
+    )
+
+
+def write_manifest(
+    folder: Path, origin: Origin, graphs: list[GraphFile], tables: Mapping[int, DiffusionTable] | None = None
+) -> Manifest:
+    """Write ``export.json`` for the graphs of a folder. tables: by step count, what a loop is given for it."""
+    manifest = Manifest(
+        model=origin.config,
+        model_fingerprint=origin.model_fingerprint,
+        dataset_name=origin.dataset_name,
+        dataset_fingerprint=origin.dataset_fingerprint,
+        tool_versions=tool_versions(),
+        step_tables={steps: step_table(table) for steps, table in (tables or {}).items()},
+        graphs=tuple(graphs),
+    )
+    write_text(folder / "export.json", manifest.model_dump_json(indent=1) + "\n")
+    return manifest
+
+
+def step_table(table: DiffusionTable) -> StepTable:
+    """A table as the loop's inputs ``times`` and ``coefficients``."""
+    columns = zip(table.from_x0.tolist(), table.from_xt.tolist(), table.sigma.tolist(), strict=True)
+    return StepTable(times=tuple(table.time.tolist()), coefficients=tuple(columns))

@@ -1,0 +1,52 @@
+"""What ``adrec export RUN --to tensorrt`` does beyond the ONNX export: checks before it, plans after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from adrec.engines.exported import Manifest
+from adrec.engines.tensorrt.profiles import Profile, check_profiles, parse_profile
+from adrec.errors import ConfigError
+from compress.export.tensorrt.build import export_tensorrt
+from compress.export.tensorrt.graph import MOST_RESULTS
+from compress.export.tensorrt.options import BuildOptions
+
+
+def check_tensorrt(
+    profile: Sequence[str], *, k: int, loop: bool = False, table: str = "inside", quantised: Sequence[str] = ()
+) -> tuple[Profile, ...]:
+    """The profiles of a command, before anything is exported. Raises ConfigError for what no plan can be built of."""
+    profiles = tuple(parse_profile(text) for text in profile)
+    if loop:
+        raise ConfigError("--to tensorrt builds unrolled steps, which CUDA graphs need too; leave out --loop")
+    if table == "outside":
+        raise ConfigError("--to tensorrt builds whole requests, so the item table cannot be outside")
+    if "int8-dynamic" in quantised:
+        raise ConfigError("TensorRT reads no dynamic int8, which is for ONNX Runtime on CPUs; use --int8 qdq")
+    if k > MOST_RESULTS:
+        raise ConfigError(f"--k is {k}; TensorRT's TopK allows {MOST_RESULTS}: choose a smaller k")
+    check_profiles(profiles, ("batch", "length", "items") if table == "input" else ("batch", "length"))
+    return profiles
+
+
+def build_plans(
+    out: Path,
+    manifest: Manifest,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    report: Callable[[str], None],
+) -> None:
+    """Build the request graphs of an export folder, or all but their plans.
+
+    Raises PlanNotBuiltError, after everything else was written, where TensorRT or a GPU is missing.
+    """
+    graphs = [out / graph.file for graph in manifest.graphs if graph.kind == "request"]
+    limits = {"length": (1, manifest.model.max_length)}
+    exported = export_tensorrt(graphs, profiles, options, limits=limits, report=report)
+    for note in exported.notes:
+        report(f"note: {note}")
+    for command in exported.trtexec.values():
+        report(f"the same with trtexec: {command}")
+    for plan in exported.require_plans().values():
+        report(f"wrote {plan}")

@@ -1,0 +1,196 @@
+"""`adrec export` and `adrec export verify` from the command line, on a run with random weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from adrec.checkpoint import load_run, save_run
+from adrec.cli import build_app
+from adrec.config import RunConfig
+from adrec.data.dataset import Dataset
+from adrec.engines import CachedEngine
+from adrec.engines.base import TopK
+from adrec.errors import AdrecError
+from compress.export.comparison import Pair, hit_difference, tied_overlap
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def adrec(*arguments: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "250"}).invoke(build_app(), [str(argument) for argument in arguments])
+
+
+def refused(*arguments: str | Path) -> str:
+    result = adrec(*arguments)
+    assert isinstance(result.exception, AdrecError), result.output
+    assert result.exception.exit_code == 2
+    return str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Dataset) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    tiny_dataset.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any, tiny_dataset: Dataset, data: Path) -> Path:
+    model = tiny_model(timesteps=4, schedule="sqrt", max_length=20, lambda_uncertainty=1.0)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    save_run(folder, RunConfig(model=model.config), model, tiny_dataset, str(data), {})
+    plain = tiny_model(model="sasrec", max_length=20)
+    save_run(folder / "baseline", RunConfig(model=plain.config), plain, tiny_dataset, str(data), {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "onnx"
+    result = adrec("export", run, "--to", "onnx", "--steps", "2", "--int8", "dynamic", "--k", "20", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "2 graphs in" in result.output
+    return out
+
+
+def test_an_export_is_held_to_its_run(run: Path, exported: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.json"
+    result = adrec("export", "verify", exported, "--against", run, "--batch-sizes", "1,3,64", "--json", pairs)
+    found = {each["precision"]: Pair.model_validate(each) for each in json.loads(pairs.read_text())}
+    exact = found["fp32"]
+    assert exact.faults == []
+    assert exact.score_error < 1e-6
+    assert exact.users == 60
+    assert exact.overlap == 1.0
+    # Forty random items in eight bits: the lists differ, and the command must say by how much.
+    loose = found["int8-dynamic"]
+    assert loose.score_error > 1e-4
+    assert loose.tie_tolerance > exact.tie_tolerance
+    assert result.exit_code == (1 if loose.faults else 0), result.output
+    assert re.search(r"request-fp32-s2\.onnx, onnxruntime cpu, 2 steps: score error .* 60 users: ok", result.output)
+
+
+def test_a_graph_of_other_weights_fails_with_1(run: Path, exported: Path, tmp_path: Path) -> None:
+    """A file whose weights were changed, and its checksum with it: only running it can tell."""
+    from adrec.engines.exported import graph_sha256
+
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = onnx.load(tmp_path / "request-fp32-s2.onnx")
+    weight = next(
+        each for each in model.graph.initializer if each.name.endswith("denoiser.blocks.1.feed_forward_norm.bias")
+    )
+    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * 1.5, weight.name))
+    onnx.save(model, tmp_path / "request-fp32-s2.onnx")
+    manifest = json.loads((tmp_path / "export.json").read_text())
+    manifest["graphs"] = [manifest["graphs"][0] | {"sha256": graph_sha256(tmp_path, "request-fp32-s2.onnx", None)}]
+    (tmp_path / "export.json").write_text(json.dumps(manifest))
+    result = adrec("export", "verify", tmp_path, "--against", run, "--users", "20")
+    assert result.exit_code == 1, result.output
+    assert "allowed 1e-05" in result.output
+
+
+def test_an_export_of_another_run_is_refused(
+    exported: Path, tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, data: Path
+) -> None:
+    other = tiny_model(seed=7, timesteps=4, schedule="sqrt", max_length=20)
+    save_run(tmp_path / "other", RunConfig(model=other.config), other, tiny_dataset, str(data), {})
+    message = refused("export", "verify", exported, "--against", tmp_path / "other")
+    assert "was exported from the model" in message
+    assert "name the run that it came from with --against" in message
+
+
+def test_saved_inputs_and_outputs_replay(run: Path, exported: Path, tmp_path: Path) -> None:
+    polygraphy_json = pytest.importorskip("polygraphy.json")
+    from polygraphy.comparator import RunResults
+
+    result = adrec("export", "verify", exported, "--against", run, "--users", "7", "--save", tmp_path)
+    assert "polygraphy run" in result.output
+    (inputs,) = polygraphy_json.load_json(str(tmp_path / "request-fp32-s2-inputs.json"))
+    outputs = RunResults.load(str(tmp_path / "request-fp32-s2-outputs.json"))
+    assert inputs["histories"].shape[0] == 7
+    session = pytest.importorskip("onnxruntime").InferenceSession(
+        str(exported / "request-fp32-s2.onnx"), providers=["CPUExecutionProvider"]
+    )
+    items = session.run(["items"], dict(inputs))[0]
+    assert (items == outputs["onnxruntime-cpu"][0]["items"]).all()
+
+
+def test_the_baseline_is_exported_and_verified_too(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sasrec"
+    assert adrec("export", run, "--baseline", "--out", out).exit_code == 0
+    result = adrec("export", "verify", out, "--against", run, "--users", "30")
+    assert result.exit_code == 0, result.output
+    assert "request-fp32.onnx" in result.output
+
+
+def test_bad_options_are_refused_before_any_work(run: Path, exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "--to is 'onx' (did you mean 'onnx'?); allowed: onnx, " in refused(
+        "export", run, "--to", "onx", "--out", out
+    )
+    assert "--precision is 'fp8'" in refused("export", run, "--precision", "fp8", "--out", out)
+    assert "--int8 is 'static'; allowed: dynamic, qdq" in refused("export", run, "--int8", "static", "--out", out)
+    assert "--steps holds 5; allowed: 1 to 4" in refused("export", run, "--steps", "1,5", "--out", out)
+    assert "k is 41; allowed: 1 to 40" in refused("export", run, "--k", "41", "--out", out)
+    assert "--profile is for --to tensorrt" in refused("export", run, "--profile", "batch=1:1:1", "--out", out)
+    assert "needs --profile" in refused("export", run, "--to", "tensorrt", "--out", out)
+    assert "has no reverse steps" in refused("export", run, "--baseline", "--steps", "4", "--out", out)
+    assert "already holds an export; pass --overwrite" in refused("export", run, "--out", exported)
+    assert "not a finished run" in refused("export", tmp_path, "--out", out)
+    assert "holds no export.json" in refused("export", "verify", run, "--against", run)
+    assert not out.exists()
+
+
+def test_lists_overlap_up_to_ties() -> None:
+    best = TopK(torch.tensor([[1, 2, 3]]), torch.tensor([[3.0, 2.0, 1.0]]))
+    tied = TopK(torch.tensor([[2, 1, 9]]), torch.tensor([[3.0, 2.0, 1.0]]))
+    assert tied_overlap(tied, best, torch.tensor([[2.0, 3.0, 1.0 - 1e-6]])).item() == 1.0
+    assert tied_overlap(tied, best, torch.tensor([[2.0, 3.0, 0.9]])).item() == pytest.approx(2 / 3)
+
+
+def test_hit_difference_by_hand() -> None:
+    here, there = torch.tensor([0, 19, 20, 25]), torch.tensor([0, 20, 20, 3])
+    found = hit_difference(here, there)
+    assert found.value == 0.0
+    assert found.low <= 0.0 <= found.high
+    assert hit_difference(torch.tensor([0, 0]), torch.tensor([20, 20])).value == 100.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "change", "fault"),
+    [
+        ("fp32", {"score_error": 2e-5}, "score error 2.0e-05, allowed 1e-05"),
+        ("fp32", {"tie_tolerance": 2e-5}, "lists differ by more than ties"),
+        ("fp16", {"overlap": 0.994}, "overlap 0.9940, allowed from 0.995"),
+        ("int8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20, allowed from 99.5 %"),
+        ("fp8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20"),
+    ],
+)
+def test_the_bound_of_each_precision(precision: str, change: dict[str, Any], fault: str) -> None:
+    sound = {
+        "runtime": "onnxruntime cpu", "graph": "g", "precision": precision, "steps": 1, "users": 9,
+        "batch_sizes": (1,), "score_error": 1e-6, "tie_tolerance": 0.0, "overlap": 1.0,
+        "hr_difference": (0.0, 0.0, 0.0), "ndcg_kept": (100.0, 100.0, 100.0),
+    }  # fmt: skip
+    assert Pair.model_validate(sound).faults == []
+    (found,) = Pair.model_validate({**sound, **change}).faults
+    assert fault in found
+
+
+def test_onnxruntime_serves_a_run_by_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adrec.recommender import Recommender
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    served = Recommender.load(run, engine="onnxruntime").recommend([[1, 2, 3], [7]], k=5)
+    exact = Recommender(load_run(run), CachedEngine(load_run(run).model)).recommend([[1, 2, 3], [7]], k=5)
+    assert [each.items for each in served] == [each.items for each in exact]

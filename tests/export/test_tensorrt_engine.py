@@ -1,0 +1,103 @@
+"""The engine around a plan: order, batches, noise and lists, with ONNX Runtime in the place of the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from strict_tensorrt import StrictTensorRT
+from tensorrt_cases import HERE
+from torch import Tensor
+
+from adrec.data.jagged import Jagged
+from adrec.engines import CachedEngine
+from adrec.engines.exported import ExportError
+from adrec.engines.tensorrt import engine, library
+from adrec.engines.tensorrt.engine import TensorRTEngine
+from adrec.engines.tensorrt.profiles import choose_profile, parse_profile
+from adrec.errors import ConfigError
+from compress.export.onnx_export import ExportOptions, export_onnx
+
+onnxruntime = pytest.importorskip("onnxruntime")
+PROFILES = (parse_profile("batch=1:1:1,length=1:4:9"), parse_profile("batch=2:4:7,length=1:4:9"))
+
+
+class GraphRunner:
+    """Takes and gives what `PlanRunner` does; the ONNX file stands for its plan."""
+
+    def __init__(self, graph: Path) -> None:
+        self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self.record = SimpleNamespace(key=SimpleNamespace(profiles=PROFILES))
+        self.device, self.batches = torch.device("cpu"), []  # type: ignore[var-annotated]
+
+    def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch, length = inputs["histories"].shape
+        choose_profile(PROFILES, {"batch": batch, "length": length})
+        self.batches.append(batch)
+        names = [each.name for each in self.session.get_outputs()]
+        found = self.session.run(names, {name: each.numpy() for name, each in inputs.items()})
+        return {name: torch.from_numpy(np.array(each)) for name, each in zip(names, found, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+    out = tmp_path_factory.mktemp("export") / "out"
+    export_onnx(tiny_model(timesteps=32, max_length=9), out, ExportOptions(steps=(2,), k=5))
+    return out
+
+
+@pytest.fixture
+def made(folder: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
+    monkeypatch.setattr(engine, "PlanRunner", GraphRunner)
+    monkeypatch.setattr(engine, "find_plan", lambda graph, here: graph)
+    monkeypatch.setattr(library, "load", lambda: StrictTensorRT("11_4"))
+    monkeypatch.setattr(library, "this_platform", lambda module: HERE)
+    return TensorRTEngine(tiny_model(timesteps=32, max_length=9), folder=folder)
+
+
+def histories(batch: int) -> Jagged:
+    generator = torch.Generator().manual_seed(batch)
+    lengths = torch.randint(1, 13, (batch,), generator=generator).tolist()
+    return Jagged.from_lists([torch.randint(1, 41, (length,), generator=generator).tolist() for length in lengths])
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(1, [1]), (7, [7]), (18, [7, 7, 4])])
+def test_a_request_is_that_of_cached(made: TensorRTEngine, batch: int, batches: list[int]) -> None:
+    exact, given, steps = CachedEngine(made.model), histories(batch), 2
+    expected, found = exact.recommend(given, 4, steps, seed=3), made.recommend(given, 4, steps, seed=3)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+    assert torch.equal(found.items, expected.items)
+    noise = torch.randn(steps + 1, batch, 16)
+    rows = made.represent(given, steps, noise=noise)
+    torch.testing.assert_close(rows, exact.represent(given, steps, noise=noise), atol=1e-5, rtol=0)
+    _, runner = made.runner(made.table(steps))
+    assert runner.batches == batches * 2  # type: ignore[attr-defined]
+
+
+def test_lists_that_the_graph_does_not_rank_are_scored_here(made: TensorRTEngine) -> None:
+    exact, given = CachedEngine(made.model), histories(5)
+    for k, exclude in ((9, None), (4, given)):
+        expected, found = exact.recommend(given, k, 2, exclude=exclude), made.recommend(given, k, 2, exclude=exclude)
+        assert torch.equal(found.items, expected.items)
+
+
+def test_steps_that_were_not_exported_are_refused(made: TensorRTEngine) -> None:
+    with pytest.raises(ConfigError, match="holds no fp32 graph for 3 steps; export it with --steps"):
+        made.recommend(histories(2), 4, 3)
+
+
+def test_a_folder_of_another_model_is_refused(made: TensorRTEngine, folder: Path, tiny_model: Any) -> None:
+    with pytest.raises(ExportError, match="was exported from another model"):
+        TensorRTEngine(tiny_model(seed=1, timesteps=32, max_length=9), folder=folder)
+    with pytest.raises(ConfigError, match="holds no request graph in fp16: fp32"):
+        TensorRTEngine(made.model, folder=folder, precision="fp16")
+    with pytest.raises(ExportError, match=r"holds no export.json"):
+        TensorRTEngine(made.model, folder=folder.parent)
+
+
+def test_it_runs_on_no_cpu() -> None:
+    assert not TensorRTEngine.runs_on(torch.device("cpu"))
