@@ -1,4 +1,27 @@
 """Turning a trained model into a cheaper one, or into a file another runtime reads.
 
-Nothing is offered here yet: step respacing, the one reduction that needs no training, is `adrec.schedule.respace`.
+One verb: `compress_` applies a technique to a model or a draft, `compress_run` a recipe to a run folder; both say in
+receipts what was changed, skipped and lost.
 """
+
+from __future__ import annotations
+
+from compress.api import Compression, compress_, compress_run, read_compression
+from compress.recipe import Entry, Recipe, read_recipe, register_technique, techniques
+from compress.technique import CompressionError, Draft, Receipt, Technique
+
+__all__ = [
+    "Compression",
+    "CompressionError",
+    "Draft",
+    "Entry",
+    "Receipt",
+    "Recipe",
+    "Technique",
+    "compress_",
+    "compress_run",
+    "read_compression",
+    "read_recipe",
+    "register_technique",
+    "techniques",
+]

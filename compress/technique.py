@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from adrec.config import RunConfig, StrictModel
 from adrec.data.dataset import Dataset, Examples
 from adrec.engines import CachedEngine
-from adrec.errors import AdrecError, RunError
+from adrec.errors import AdrecError, ConfigError, RunError
 from adrec.evaluation import Evaluation, Interval, evaluate, kept_percent
 from adrec.models.base import SequenceModel
 
@@ -25,17 +25,48 @@ METRIC = "NDCG@20"
 
 
 class CompressionError(AdrecError):
-    """A technique cannot be applied, or lost more accuracy than was allowed."""
+    """A technique cannot be applied, lost more accuracy than was allowed, or nothing meets a budget.
 
-    exit_code = 1
+    receipts: of the stages that were done before.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, receipts: tuple[Receipt, ...] = ()) -> None:
+        super().__init__(message)
+        self.receipts = receipts
+
+
+def _percent(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a percentage such as 1% or 1.0 is expected")
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value.strip().removesuffix("%"))
+    except ValueError:
+        raise ValueError("a percentage such as 1% or 1.0 is expected") from None
+
+
+Percent = Annotated[float, BeforeValidator(_percent), Field(ge=0.0, lt=100.0)]
+"""A share in percent: 1.0, "1%" and "1 %" are the same."""
+
+
+def percent(text: str, option: str) -> float:
+    """Read a percentage below 100, as recipes do; ConfigError names the option."""
+    try:
+        return TypeAdapter(Percent).validate_python(text)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{option} is '{text}'; allowed: 0% to below 100%, such as 1% or 0.5 ({reason})") from None
 
 
 class Technique(StrictModel):
     """Settings of one technique; subclasses set ``technique`` to a `Literal` name, which recipes and receipts use."""
 
     technique: str
-    max_loss: float | None = Field(
-        None, ge=0.0, lt=100.0, description="largest loss of NDCG@20 against the teacher, percent; None: the recipe's"
+    max_loss: Percent | None = Field(
+        None, description="largest loss of NDCG@20 against the run handed in, percent; none: the recipe's"
     )
 
 
@@ -54,13 +85,19 @@ class Reading(StrictModel):
 class Accuracy(StrictModel):
     """Accuracy on the validation split after a stage.
 
-    metrics: percent by name (NDCG@20 among them). kept: NDCG@20 in percent of the teacher's, users resampled in pairs;
-    None where the teacher's is zero.
+    metrics: percent by name (NDCG@20 among them). kept: NDCG@20 in percent of the teacher's; kept_of_before: in
+    percent of what it was before the stage; users resampled in pairs, None where the denominator is zero.
     """
 
     users: int
     metrics: dict[str, Reading]
     kept: Reading | None
+    kept_of_before: Reading | None = None
+
+    @property
+    def loss(self) -> float:
+        """NDCG@20 lost against the teacher, percent; nothing can be lost where the teacher has none."""
+        return 0.0 if self.kept is None else 100.0 - self.kept.value
 
 
 class Change(StrictModel):
@@ -113,6 +150,10 @@ class Draft:
     seed: int = 0
     report: Callable[[str], None] = lambda line: None
     _teacher_evaluation: Evaluation | None = field(default=None, repr=False)
+    _evaluated: tuple[SequenceModel, RunConfig, Evaluation] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._start = (self.model, self.settings)
 
     @classmethod
     def of(cls, model: SequenceModel, dataset: Dataset | None = None, **options: Any) -> Draft:
@@ -134,8 +175,20 @@ class Draft:
         return examples
 
     def evaluate(self) -> Evaluation:
-        """Rank the catalogue for the validation split, sampled as the draft's settings say."""
-        return evaluate(CachedEngine(self.model), self.validation("evaluate"), steps=None, seed=self.seed)
+        """Rank the catalogue for the validation split, sampled as the draft's settings say; once for each state."""
+        # Until the first stage the draft is its teacher, which need not be ranked twice.
+        if self.settings.serving is None and self.model is self._start[0] and self.settings == self._start[1]:
+            return self.teacher_evaluation()
+        known = self._evaluated
+        if known is None or known[0] is not self.model or known[1] != self.settings:
+            examples = self.validation("evaluate")
+            found = evaluate(CachedEngine(self.model), examples, steps=self.settings.serving, seed=self.seed)
+            known = self._evaluated = (self.model, self.settings, found)
+        return known[2]
+
+    def changed(self) -> None:
+        """Forget what is known of the state before, though a technique may have changed the same model in place."""
+        self._evaluated, self._start = None, (self.teacher, self.settings)
 
     def teacher_evaluation(self) -> Evaluation:
         """The teacher's, with every step it was trained with; computed once."""
@@ -144,12 +197,20 @@ class Draft:
             self._teacher_evaluation = evaluate(CachedEngine(self.teacher), examples, steps=None, seed=self.seed)
         return self._teacher_evaluation
 
-    def accuracy(self) -> Accuracy:
-        """Accuracy of the draft as it is now, beside the teacher's."""
+    def accuracy(self, before: Evaluation | None = None) -> Accuracy:
+        """Accuracy of the draft as it is now, beside the teacher's and that before a stage."""
         found = self.evaluate()
-        kept = kept_percent(found.ranks, self.teacher_evaluation().ranks)
-        metrics = {name: Reading.of(interval) for name, interval in found.metrics.items()}
-        return Accuracy(users=found.users, metrics=metrics, kept=None if kept is None else Reading.of(kept))
+        return Accuracy(
+            users=found.users,
+            metrics={name: Reading.of(interval) for name, interval in found.metrics.items()},
+            kept=_kept(found, self.teacher_evaluation()),
+            kept_of_before=None if before is None else _kept(found, before),
+        )
+
+
+def _kept(found: Evaluation, of: Evaluation) -> Reading | None:
+    interval = kept_percent(found.ranks, of.ranks)
+    return None if interval is None else Reading.of(interval)
 
 
 def stored_bytes(model: SequenceModel) -> int:

@@ -1,0 +1,1 @@
+"""Commands of compression: recipes, the search for the cheapest model within a budget, and what it is held against."""
