@@ -153,9 +153,10 @@ def packed_prefix(state: CachedState, offsets: Tensor, width: int) -> Tensor:
     for branch, cache in enumerate(state.caches):
         for block, groups in enumerate(cache.caches):
             for group in groups:
-                for place, user in enumerate(range(group.group.users.start, group.group.users.stop)):
+                # Before the prefix stand the pads, behind it the place of the new token.
+                skip = group.keys.shape[2] - int(offsets.diff()[group.users].max())
+                for place, user in enumerate(range(group.users.start, group.users.stop)):
                     first, last = int(offsets[user]), int(offsets[user + 1]) - 1
-                    skip = group.keys.shape[2] - group.group.length - 1
                     rows = slice(skip, skip + last - first)
                     out[branch, block, 0, first:last] = group.keys[place, :, rows].transpose(0, 1).flatten(1)
                     out[branch, block, 1, first:last] = group.values[place, :, rows].transpose(0, 1).flatten(1)

@@ -77,10 +77,10 @@ def prefix_of(caches: list[list[Any]], offsets: Tensor, width: int) -> Tensor:
     lengths = offsets.diff()
     for block, groups in enumerate(caches):
         for cache in groups:
-            for row, user in enumerate(range(cache.group.users.start, cache.group.users.stop)):
+            # Before the prefix stand the pads, behind it the place of the new token.
+            skip = cache.keys.shape[2] - int(lengths[cache.users].max())
+            for row, user in enumerate(range(cache.users.start, cache.users.stop)):
                 count, first = int(lengths[user]) - 1, int(offsets[user])
-                # Before the prefix stand the pads, behind it the place of the new token.
-                skip = cache.keys.shape[2] - 1 - cache.group.length
                 for side, kept in enumerate((cache.keys, cache.values)):
                     own = kept[row, :, skip : skip + count].transpose(0, 1).flatten(1)
                     prefix[block, side, first : first + count] = own
