@@ -27,7 +27,17 @@ from adrec.schedule import DiffusionTable
 from compress.distillation import Fitted, Lessons, Objective, TaughtBatch, fit
 from compress.distillation_losses import ddim_step, halving_target, level_weight, weighted_error
 from compress.every_prefix import every_prefix
-from compress.technique import Change, CompressionError, Draft, Receipt, Skip, Technique, parameter_count, stored_bytes
+from compress.technique import (
+    Change,
+    CompressionError,
+    Draft,
+    Receipt,
+    Skip,
+    Technique,
+    parameter_count,
+    require_trainable,
+    stored_bytes,
+)
 
 ALWAYS = 2**31
 
@@ -81,6 +91,7 @@ def apply(draft: Draft, config: StepDistillConfig) -> Receipt:
         why = f"a '{teacher.config.model}' model has none"
         return receipt.model_copy(update={"skipped": (Skip(what="reverse steps", why=why),)})
     dataset = draft.require_dataset(config.technique)
+    require_trainable(draft.model, config.technique)
     plans = step_plans(teacher.config, config)
     lessons = Lessons(dataset.training_sequences(), teacher.config.max_length)
     student: SequenceModel = teacher

@@ -31,6 +31,7 @@ from compress.technique import (
     Skip,
     Technique,
     parameter_count,
+    require_trainable,
     stored_bytes,
 )
 
@@ -103,6 +104,7 @@ def apply(draft: Draft, config: StudentConfig) -> Receipt:
     changed the network; RunError without data or where training diverges.
     """
     dataset = draft.require_dataset(config.technique)
+    require_trainable(draft.model, config.technique)
     if not same_weights(draft.model, draft.teacher):
         raise CompressionError(
             "'student' is taught by the run's own network, but an earlier stage has changed that network or its item"

@@ -19,6 +19,7 @@ from adrec.data.dataset import Dataset, Examples
 from adrec.engines import CachedEngine
 from adrec.errors import AdrecError, ConfigError, RunError
 from adrec.evaluation import Evaluation, Interval, evaluate, kept_percent
+from adrec.models import quantization_of
 from adrec.models.base import SequenceModel
 
 METRIC = "NDCG@20"
@@ -221,3 +222,12 @@ def stored_bytes(model: SequenceModel) -> int:
 def parameter_count(model: SequenceModel) -> int:
     """Stored numbers of a model, quantised ones included."""
     return sum(value.numel() for value in model.state_dict().values() if value.dtype != torch.bool)
+
+
+def require_trainable(model: SequenceModel, technique: str) -> None:
+    """Raise CompressionError for a quantised model, whose stored integers cannot be trained."""
+    if quantization_of(model) is not None:
+        raise CompressionError(
+            f"'{technique}' trains, and the model is quantised already; start from the run it was made of, and quantise"
+            f" after '{technique}'"
+        )

@@ -21,6 +21,7 @@ from adrec.models import ADRec
 from adrec.models.base import SequenceModel
 from adrec.noise import ExplicitNoise
 from adrec.respacing import ddim_table
+from compress.api import compress_
 from compress.distill import (
     Levels,
     StepDistillConfig,
@@ -32,6 +33,7 @@ from compress.distill import (
 )
 from compress.distillation import Objective, TaughtBatch
 from compress.every_prefix import every_prefix, represent_prefixes
+from compress.item_table import ItemTableConfig
 from compress.technique import CompressionError
 
 METHODS = ("progressive", "consistency", "temporal")
@@ -260,3 +262,10 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 def test_data_is_needed(teacher: ADRec) -> None:
     with pytest.raises(RunError, match="'distill' needs the data"):
         apply(draft_of(teacher, None), StepDistillConfig())
+
+
+def test_a_quantised_model_is_refused(teacher: ADRec, tiny_dataset: Dataset) -> None:
+    draft = draft_of(copy.deepcopy(teacher), tiny_dataset)
+    compress_(draft, ItemTableConfig(), measure=False)
+    with pytest.raises(CompressionError, match="'distill' trains, and the model is quantised already"):
+        apply(draft, StepDistillConfig())

@@ -20,8 +20,10 @@ from adrec.errors import RunError
 from adrec.models import ADRec, SASRec, build_model
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.respacing import sampling_table
+from compress.api import compress_
 from compress.distillation import Lessons, TaughtBatch, fit, thinned
 from compress.every_prefix import represent_prefixes
+from compress.item_table import ItemTableConfig
 from compress.student import StudentConfig, apply, initial_student, principal_axes, student_config, taught_loss
 from compress.technique import CompressionError, Draft
 
@@ -328,3 +330,10 @@ def test_data_is_needed_and_a_failure_changes_nothing(teacher: SequenceModel, ti
         apply(draft, StudentConfig(optimiser=short(4, learning_rate=1e30), frozen_epochs=0))
     assert draft.model is model
     assert draft.settings is settings
+
+
+def test_a_quantised_teacher_is_refused(teacher: SequenceModel, tiny_dataset: Dataset) -> None:
+    draft = draft_of(copy.deepcopy(teacher), tiny_dataset)
+    compress_(draft, ItemTableConfig(), measure=False)
+    with pytest.raises(CompressionError, match="'student' trains, and the model is quantised already"):
+        apply(draft, StudentConfig())
