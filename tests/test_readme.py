@@ -21,6 +21,14 @@ SHORTER = {
     "train": ["--epochs", "2", "--no-progress", "--set", "model.width=16", "--set", "train.main.validate_every=1"],
     "kernels compile": ["--kernel", "denoise_update", "--target", "sm_90", "--shape", "paper"],
     "bench tradeoff": ["--seconds-per-cell", "0.01", "--users", "40", "--quiet"],
+    # Two epochs teach nothing whose loss could be measured.
+    "compress runs/mine --recipe": ["--max-loss", "90%", "--quiet"],
+    "compress runs/mine --budget": ["--seconds", "0.05", "--steps", "1", "--precisions", "float32,int8", "--quiet"],
+    "bench run": ["--seconds-per-cell", "0.02", "--quiet"],
+    "bench serving": ["--steps", "1", "--seconds", "0.2", "--queries", "20", "--quiet"],
+    "bench calibrate": ["--runs", "4", "--seconds-per-cell", "0.02", "--items", "200", "--quiet"],
+    "bench profile-steps": ["--steps", "1,2", "--seconds-per-cell", "0.02", "--users", "40", "--quiet"],
+    "bench profile runs": ["--seconds", "0.2", "--quiet"],
 }
 NEEDS_GPU = "bench kernels"
 LONG = pytest.mark.slow
