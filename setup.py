@@ -17,6 +17,7 @@ EXTRAS = {
     "onnx": ONNX,
     "quantize": [TORCHAO],
     "faiss": [FAISS],
+    "modelopt": [*ONNX, "nvidia-modelopt>=0.47"],
     "polygraphy": [POLYGRAPHY],
     # Its wheels bring libraries for CUDA 13 from NVIDIA's own index.
     "tensorrt": [*ONNX, "tensorrt>=10.12; platform_system == 'Linux'"],

@@ -131,7 +131,7 @@ def _stage(stage: Any, where: str) -> Technique:
     allowed = ", ".join(techniques())
     if name is None:
         raise ConfigError(f"{where} names no technique; add `technique: NAME`, one of {allowed}")
-    if name not in techniques():
+    if not isinstance(name, str) or name not in techniques():
         raise ConfigError(f"{where}: unknown technique {name!r}{nearest(str(name), techniques())}; allowed: {allowed}")
     return parse(techniques()[name].config, values, f"{where} ({name})")
 

@@ -155,6 +155,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         self._start = (self.model, self.settings)
+        self._teacher_serving = self.settings.serving
 
     @classmethod
     def of(cls, model: SequenceModel, dataset: Dataset | None = None, **options: Any) -> Draft:
@@ -178,7 +179,8 @@ class Draft:
     def evaluate(self) -> Evaluation:
         """Rank the catalogue for the validation split, sampled as the draft's settings say; once for each state."""
         # Until the first stage the draft is its teacher, which need not be ranked twice.
-        if self.settings.serving is None and self.model is self._start[0] and self.settings == self._start[1]:
+        as_taught = self.settings.serving == self._teacher_serving
+        if as_taught and self.model is self._start[0] and self.settings == self._start[1]:
             return self.teacher_evaluation()
         known = self._evaluated
         if known is None or known[0] is not self.model or known[1] != self.settings:
@@ -192,10 +194,11 @@ class Draft:
         self._evaluated, self._start = None, (self.teacher, self.settings)
 
     def teacher_evaluation(self) -> Evaluation:
-        """The teacher's, with every step it was trained with; computed once."""
+        """The teacher's, sampled as the run handed in says, else with every trained step; computed once."""
         if self._teacher_evaluation is None:
             examples = self.validation("evaluate")
-            self._teacher_evaluation = evaluate(CachedEngine(self.teacher), examples, steps=None, seed=self.seed)
+            engine = CachedEngine(self.teacher)
+            self._teacher_evaluation = evaluate(engine, examples, steps=self._teacher_serving, seed=self.seed)
         return self._teacher_evaluation
 
     def accuracy(self, before: Evaluation | None = None) -> Accuracy:

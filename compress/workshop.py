@@ -62,7 +62,8 @@ class Workshop:
         return draft, (*receipts, compress_(draft, stages[-1]))
 
     def _place(self, stages: Sequence[Technique]) -> Path:
-        content = [self.run.fingerprint, self.run.dataset_fingerprint, self.seed]
+        settings = self.run.settings.model_dump(mode="json")
+        content = [self.run.fingerprint, settings, self.run.dataset_fingerprint, self.seed]
         content += [stage.model_dump(mode="json") for stage in stages]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{stages[-1].technique}-{digest[:12]}"

@@ -23,7 +23,8 @@ def compress(
         str | None, typer.Option(help="YAML file, or a recipe that comes with adrec (--list shows them).")
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Override the recipe: --set quantize.format=int8-dynamic. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Override the recipe: --set quantize.format=int8-dynamic. Repeatable."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Search instead: 'p99<=2ms@batch=1 and >=5000users/s@batch=512'.")

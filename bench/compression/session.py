@@ -24,7 +24,16 @@ from compress.budget import Budget, Timing
 from compress.candidates import Candidate, CandidateBook, CandidateRecord, Space, fingerprint_of
 from compress.recipe import Recipe
 from compress.search import Assessment, Search
-from compress.technique import Accuracy, CompressionError, Draft, Reading, Receipt, parameter_count, stored_bytes
+from compress.technique import (
+    Accuracy,
+    Change,
+    CompressionError,
+    Draft,
+    Reading,
+    Receipt,
+    parameter_count,
+    stored_bytes,
+)
 from compress.workshop import Workshop
 
 CANDIDATES, TRAINED = "candidates.jsonl", "trained"
@@ -79,6 +88,7 @@ class SearchSession:
             "tool": tool_version(),
             "versions": environment.versions,
             "run": self.run.fingerprint,
+            "settings": self.run.settings.model_dump(mode="json"),
             "data": self.run.dataset_fingerprint,
             "seed": self.seed,
             "processor": environment.machine.processor,
@@ -113,6 +123,7 @@ class SearchSession:
                 f"{self.run.path}: as it is, the run meets the budget and nothing else is cheaper; serve it with engine"
                 f" '{chosen.candidate.engine}'"
             )
+        receipts = (*receipts, *chosen.receipts[len(receipts) :])
         recipe = Recipe(stages=stages, max_loss=self.max_loss)
         made = compression_of(self.run, recipe, receipts, self.seed, read_compression(self.run.path))
         made = made.model_copy(update={"engine": chosen.candidate.engine})
@@ -124,10 +135,10 @@ class SearchSession:
         return fingerprint_of(self._context, self.space.stages(candidate), candidate.engine)
 
     def assess(self, candidate: Candidate) -> Assessment:
-        """Apply the stages; accuracy is that of the candidate's engine."""
+        """Apply the stages; an engine that rounds in its own way has a receipt of its own, with its accuracy."""
         draft, receipts = self.workshop.make(self.space.stages(candidate))
         if candidate.engine not in MEASURED_ALREADY:
-            receipts = (*receipts[:-1], _measured_with(draft, candidate.engine, receipts[-1]))
+            receipts = (*receipts, _measured_with(draft, candidate.engine))
         return Assessment(receipts, stored_bytes(draft.model), parameter_count(draft.model))
 
     def measure(self, candidate: Candidate, sizes: Sequence[int]) -> dict[int, Timing]:
@@ -151,11 +162,23 @@ class SearchSession:
         self.console.print(line, markup=False)
 
 
-def _measured_with(draft: Draft, engine: str, receipt: Receipt) -> Receipt:
-    """The receipt with the accuracy of an engine that rounds in its own way."""
+def _measured_with(draft: Draft, engine: str) -> Receipt:
+    """What serving with another engine changes: its accuracy against the teacher's and the draft's."""
     examples = draft.validation("evaluate")
     found = evaluate(make_engine(engine, draft.model), examples, steps=draft.settings.serving, seed=draft.seed)
-    kept = kept_percent(found.ranks, draft.teacher_evaluation().ranks)
-    metrics = {name: Reading.of(interval) for name, interval in found.metrics.items()}
-    accuracy = Accuracy(users=found.users, metrics=metrics, kept=None if kept is None else Reading.of(kept))
-    return receipt.model_copy(update={"accuracy": accuracy})
+    kept, own = (kept_percent(found.ranks, of.ranks) for of in (draft.teacher_evaluation(), draft.evaluate()))
+    size, parameters = stored_bytes(draft.model), parameter_count(draft.model)
+    return Receipt(
+        settings={"technique": "engine", "engine": engine},
+        changed=(Change(what="engine", before="cached", after=engine),),
+        bytes_before=size,
+        bytes_after=size,
+        parameters_before=parameters,
+        parameters_after=parameters,
+        accuracy=Accuracy(
+            users=found.users,
+            metrics={name: Reading.of(interval) for name, interval in found.metrics.items()},
+            kept=None if kept is None else Reading.of(kept),
+            kept_of_before=None if own is None else Reading.of(own),
+        ),
+    )

@@ -97,6 +97,8 @@ def export(
     from compress.export.onnx_export import INLINE_LIMIT, ExportOptions, export_onnx
 
     _choose(to, TARGETS, "--to")
+    if precision in ("int8", "fp8"):
+        raise ConfigError(f"--precision is '{precision}'; eight bits are --int8 dynamic, --int8 qdq or --fp8")
     _choose(precision, ("fp32", "fp16"), "--precision")
     _choose(table, ("inside", "input", "outside"), "--table")
     _choose(quantiser, ("onnxruntime", "modelopt"), "--quantiser")
@@ -238,7 +240,8 @@ def verify(
         write_text(output, json.dumps([pair.model_dump(mode="json") for pair in pairs], indent=2) + "\n")
     if save is not None:
         for graph, inputs, outputs in save_for_replay(folder, source, examples.histories, save):
-            command = f"polygraphy run {folder / graph} --trt --load-inputs {inputs} --load-outputs {outputs}"
+            command = f"polygraphy run {folder / graph} --trt --strongly-typed --load-inputs {inputs}"
+            command += f" --load-outputs {outputs}"
             console.print(command, markup=False, highlight=False)
     if any(pair.faults for pair in pairs):
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from adrec.config import StrictModel
 from adrec.data.dataset import Examples
 from adrec.engines.base import Engine, TopK
-from adrec.engines.exported import Precision
+from adrec.engines.exported import ExportError, Precision
 from adrec.evaluation import Interval, kept_percent
 from adrec.evaluation.metrics import CUTOFFS
 from adrec.respacing import Steps
@@ -59,7 +59,9 @@ class Pair(StrictModel):
         elif self.precision == "fp16":
             if self.overlap < LEAST_OVERLAP:
                 found.append(f"overlap {self.overlap:.4f}, allowed from {LEAST_OVERLAP}")
-        elif self.ndcg_kept is not None and self.ndcg_kept[0] < 100.0 - MOST_LOSS_PERCENT:
+        elif self.ndcg_kept is None:
+            found.append("no list of the model has a target, so NDCG@20 tells nothing; compare on more users")
+        elif self.ndcg_kept[0] < 100.0 - MOST_LOSS_PERCENT:
             found.append(f"keeps {self.ndcg_kept[0]:.2f} % of NDCG@20, allowed from {100.0 - MOST_LOSS_PERCENT} %")
         return found
 
@@ -80,7 +82,8 @@ def compare(
 ) -> Pair:
     """Run a candidate and the exact engine on the same users, a part of them in each batch size.
 
-    All users go through the largest batch; a few batches through each other one, whose lists must be the same.
+    All users go through the largest batch; a few batches through each other one, whose lists must be the same. Raises
+    ExportError for scores that are infinite or no numbers.
     """
     k = min(RESULTS, exact.model.config.items)
     errors, needed, shared, ours, theirs = [], [], [], [], []
@@ -90,6 +93,11 @@ def compare(
         wanted = exact.represent(histories, candidate.steps, seed, row_keys=keys)
         best = exact.top_k(wanted, k)
         found = candidate.engine.recommend(histories, k, candidate.steps, seed, keys)
+        if not bool(found.scores.isfinite().all()):
+            raise ExportError(
+                f"{candidate.graph}, {candidate.runtime}: scores of a batch of {size} are not finite; export again, in"
+                " fp32 if it is fp16"
+            )
         true = _scores_of(exact, wanted, found.items)
         scale = best.scores.abs().amax(-1, keepdim=True).clamp(min=1.0)
         errors.append(((found.scores - true).abs() / scale).max())

@@ -7,7 +7,7 @@ with ``target="onnxruntime"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,9 +57,17 @@ def lint(path: Path, *, target: Target = "any", profiles: Mapping[str, tuple[int
         Finding(rule=rule.name, severity=rule.severity, where=where, reason=reason, fix=rule.fix)
         for rule in RULES
         if tensorrt or not rule.tensorrt
-        for where, reason in rule.check(view)
+        for where, reason in _faults(rule, view)
     ]
     return sorted(found, key=lambda finding: finding.severity)
+
+
+def _faults(rule: Rule, view: GraphView) -> Iterator[tuple[str, str]]:
+    """What a rule finds; a file too malformed for it is a fault as well, and no reason to stop."""
+    try:
+        yield from rule.check(view)
+    except Exception as error:
+        yield "file", f"is malformed, so that this rule cannot be checked: {str(error).strip().splitlines()[0]}"
 
 
 def require_clean(path: Path) -> None:

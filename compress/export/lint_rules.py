@@ -198,6 +198,8 @@ def _external_faults(view: GraphView) -> Faults:
             if location not in said:
                 said.add(location)
                 yield f"file '{location}'", "holds weights and is missing"
+        elif not all(entries.get(part, "0").isdecimal() for part in ("offset", "length")):
+            yield f"constant '{name}'", f"its place in '{location}' is no pair of numbers"
         elif file.stat().st_size < int(entries.get("offset", 0)) + int(entries.get("length", 0)):
             yield f"constant '{name}'", f"its values end beyond the end of '{location}': the file was cut"
 

@@ -112,7 +112,8 @@ def save_for_replay(
 ) -> list[tuple[str, Path, Path]]:
     """Inputs and outputs of each request graph in Polygraphy's format; ``(graph, inputs, outputs)`` for each.
 
-    On a machine with a GPU ``polygraphy run GRAPH --trt --load-inputs INPUTS --load-outputs OUTPUTS`` repeats them.
+    On a machine with a GPU ``polygraphy run GRAPH --trt --strongly-typed --load-inputs INPUTS --load-outputs OUTPUTS``
+    repeats them.
     """
     try:
         from polygraphy.comparator import IterationResult, RunResults

@@ -79,6 +79,20 @@ def test_settings_of_the_run_decide_how_accuracy_is_sampled(draft: Draft) -> Non
     assert draft.settings.serving == ServingConfig(times=(2,))
 
 
+def test_a_run_with_settings_of_its_own_is_the_teacher_as_it_is_served(draft: Draft) -> None:
+    few = ServingConfig(times=(2,))
+    served = Draft.of(draft.model, draft.dataset, settings=draft.settings.model_copy(update={"serving": few}), seed=5)
+    before = ranks(served, few)
+    assert not torch.equal(before, ranks(served)), "lambda 1 makes the step count matter"
+    receipt = compress_(served, ForgetConfig(keep=20))
+    expected = kept_percent(ranks(served, few), before)
+    assert receipt.accuracy is not None
+    assert receipt.accuracy.kept is not None
+    assert expected is not None
+    assert receipt.accuracy.kept.value == expected.value
+    assert receipt.accuracy.kept_of_before == receipt.accuracy.kept
+
+
 def test_what_was_skipped_reaches_the_receipt_and_costs_nothing(draft: Draft) -> None:
     receipt = compress_(draft, IdleConfig())
     assert (receipt.changed, [skip.what for skip in receipt.skipped]) == ((), ["encoder.0"])

@@ -185,6 +185,25 @@ def test_a_candidate_that_cannot_be_served_is_shown(
     assert made.engine == "cached"
 
 
+def test_an_engine_of_its_own_has_a_receipt(
+    compressible_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.compression.session.MEASURED_ALREADY", ("cached",))
+    options = [*ANY_TIME, *SEARCH, "--engines", "reference"]
+    adrec("compress", compressible_run, "--out", tmp_path / "out", *options, "--quiet")
+    made = read_compression(tmp_path / "out")
+    assert made is not None
+    assert len(made.receipts) == len(made.recipe["stages"]) + 1
+    last = made.receipts[-1]
+    assert (last.technique, last.changed[0].after) == ("engine", "reference")
+    assert last.accuracy is not None
+    assert last.accuracy.kept_of_before is not None
+    # A model without reverse steps may be served without a single stage.
+    command = ["compress", compressible_run / "baseline", "--out", tmp_path / "none", *options]
+    with pytest.raises(CompressionError, match="as it is, the run meets the budget"):
+        build_app()([str(part) for part in [*command, "--precisions", "float32"]], standalone_mode=False)
+
+
 def test_a_budget_that_nothing_meets_names_the_nearest(
     compressible_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

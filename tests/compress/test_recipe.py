@@ -44,6 +44,7 @@ def test_the_bound_is_one_percent_unless_said(toys: None) -> None:
     [
         ({"stages": ["scal"]}, r"stage 1: unknown technique 'scal' \(did you mean 'scale'\?\); allowed: scale, idle"),
         ({"stages": ["idle", {"technique": 3}]}, "stage 2: unknown technique 3; allowed"),
+        ({"stages": [{"technique": ["scale"]}]}, r"stage 1: unknown technique \['scale'\]"),
         ({"stages": [{"keep": 3}]}, "stage 1 names no technique"),
         ({"stages": [["scale"]]}, r"stage 1 is \['scale'\]; expected settings"),
         ({"stages": [{"technique": "forget", "kep": 3}]}, r"\(forget\): unknown key 'kep' \(did you mean 'keep'"),

@@ -99,6 +99,23 @@ def test_a_graph_of_other_weights_fails_with_1(run: Path, exported: Path, tmp_pa
     assert "allowed 1e-05" in result.output
 
 
+def test_scores_that_are_no_numbers_are_an_error(run: Path, exported: Path, tmp_path: Path) -> None:
+    from adrec.engines.exported import graph_sha256
+
+    name = "request-fp32-s2.onnx"
+    model = onnx.load(exported / name)
+    bias = next(each for each in model.graph.initializer if each.name.endswith("score_bias"))
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[7] = float("nan")
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, tmp_path / name)
+    manifest = json.loads((exported / "export.json").read_text())
+    manifest["graphs"] = [manifest["graphs"][0] | {"sha256": graph_sha256(tmp_path, name, None)}]
+    (tmp_path / "export.json").write_text(json.dumps(manifest))
+    message = refused("export", "verify", tmp_path, "--against", run, "--users", "20")
+    assert message.startswith("request-fp32-s2.onnx, onnxruntime cpu: scores of a batch of 1 are not finite")
+
+
 def test_an_export_of_another_run_is_refused(
     exported: Path, tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, data: Path
 ) -> None:
@@ -114,7 +131,8 @@ def test_saved_inputs_and_outputs_replay(run: Path, exported: Path, tmp_path: Pa
     from polygraphy.comparator import RunResults
 
     result = adrec("export", "verify", exported, "--against", run, "--users", "7", "--save", tmp_path)
-    assert "polygraphy run" in result.output
+    # In TensorRT 10 a network is strongly typed only where it is asked for.
+    assert "--trt --strongly-typed --load-inputs" in result.output
     (inputs,) = polygraphy_json.load_json(str(tmp_path / "request-fp32-s2-inputs.json"))
     outputs = RunResults.load(str(tmp_path / "request-fp32-s2-outputs.json"))
     assert inputs["histories"].shape[0] == 7
@@ -138,7 +156,9 @@ def test_bad_options_are_refused_before_any_work(run: Path, exported: Path, tmp_
     assert "--to is 'onx' (did you mean 'onnx'?); allowed: onnx, " in refused(
         "export", run, "--to", "onx", "--out", out
     )
-    assert "--precision is 'fp8'" in refused("export", run, "--precision", "fp8", "--out", out)
+    assert "--precision is 'fp8'; eight bits are --int8 dynamic, --int8 qdq or --fp8" in refused(
+        "export", run, "--precision", "fp8", "--out", out
+    )
     assert "--int8 is 'static'; allowed: dynamic, qdq" in refused("export", run, "--int8", "static", "--out", out)
     assert "--steps holds 5; allowed: 1 to 4" in refused("export", run, "--steps", "1,5", "--out", out)
     assert "k is 41; allowed: 1 to 40" in refused("export", run, "--k", "41", "--out", out)
@@ -174,6 +194,7 @@ def test_hit_difference_by_hand() -> None:
         ("fp16", {"overlap": 0.994}, "overlap 0.9940, allowed from 0.995"),
         ("int8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20, allowed from 99.5 %"),
         ("fp8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20"),
+        ("int8-qdq", {"ndcg_kept": None}, "no list of the model has a target, so NDCG@20 tells nothing"),
     ],
 )
 def test_the_bound_of_each_precision(precision: str, change: dict[str, Any], fault: str) -> None:

@@ -250,6 +250,30 @@ def test_external_data_outside_the_folder_is_refused(write: Callable[..., Path])
     assert [each.reason for each in found] == ["its values are in '../../etc/weights', outside the folder of the file"]
 
 
+def test_a_malformed_file_is_findings_and_no_crash(write: Callable[..., Path]) -> None:
+    made = quantised()
+    del made.graph.node[0].input[1:]
+    made.graph.node.append(helper.make_node("TopK", [], ["v", "i"], name="t"))
+    found = {each.rule: each.reason for each in lint(write(made))}
+    assert {"checker", "scale", "top-k"} <= set(found)
+    assert "is malformed, so that this rule cannot be checked" in found["scale"]
+    made = quantised()
+    made.graph.initializer[0].raw_data = b"ab"
+    assert {"checker", "scale"} <= {each.rule for each in lint(write(made))}
+
+
+def test_external_data_of_no_length_is_a_finding(write: Callable[..., Path], tmp_path: Path) -> None:
+    made = model([helper.make_node("MatMul", ["x", "w"], ["y"])], [tensor("w", np.ones((4, 4)))])
+    onnx.external_data_helper.set_external_data(made.graph.initializer[0], "w.data", 0, 64)
+    made.graph.initializer[0].ClearField("raw_data")
+    next(each for each in made.graph.initializer[0].external_data if each.key == "length").value = "many"
+    (tmp_path / "w.data").write_bytes(bytes(64))
+    found = lint(write(made))
+    assert ("external-data", "its place in 'w.data' is no pair of numbers") in {
+        (each.rule, each.reason) for each in found
+    }
+
+
 def test_a_file_for_cpus_may_hold_what_tensorrt_has_not(write: Callable[..., Path]) -> None:
     made = matmul_integer()
     assert {each.rule for each in lint(write(made))} == {"integer-product"}
