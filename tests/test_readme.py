@@ -64,7 +64,9 @@ def test_commands_named_in_prose_exist() -> None:
         assert name in result.stdout
 
 
+# Some twenty commands, a process each: minutes on two idle cores, more on busy ones.
 @LONG
+@pytest.mark.timeout(1800)
 def test_commands_run_in_order(tmp_path: Path) -> None:
     run(["synthesize", "--raw", "ratings.csv", "--users", "150", "--items", "60", "--mean-length", "10"], tmp_path)
     (tmp_path / "users.jsonl").write_text('{"user": "a", "history": [1, 2, 3]}\n{"user": "b", "history": []}\n')
