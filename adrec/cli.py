@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    # Square brackets in a value must not be read as Rich markup.
+    # Square brackets in a value must not be read as Rich markup, nor a:b: as an emoji.
     plain = message.replace("[", r"\[")
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {plain}")
+    Console(stderr=True, soft_wrap=True, emoji=False).print(f"[bold red]error:[/] {plain}")
     sys.exit(exit_code)
