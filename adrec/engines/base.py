@@ -70,7 +70,7 @@ class Engine(ABC):
         self, state: Any, table: DiffusionTable, noise: PhiloxNoise | ExplicitNoise, stop: EarlyStop
     ) -> Sampled:
         """`sample`, each user only until its best items stay; see `adrec.sampler.until_stable`."""
-        raise NotImplementedError
+        raise NotSupportedError(f"engine '{self.name}' cannot sample with early stop; use engine 'cached'")
 
     def table(self, steps: Steps) -> DiffusionTable | None:
         """Coefficients of a plan (a count, settings, or None: as trained); None for a model without diffusion.
@@ -137,31 +137,39 @@ class Engine(ABC):
                 torch.empty(0, self.model.config.width, device=self.device),
                 torch.empty(0, dtype=torch.int64, device=self.device),
             )
-        self.check_histories(histories)
-        histories = histories.tail(self.model.config.max_length)
-        source: PhiloxNoise | ExplicitNoise
         table = self.table(steps)
-        if noise is not None and (row_keys is not None or table is None):
-            raise ValueError("noise was given with row_keys, or to a model that draws none; give one of them at most")
-        if noise is not None and table is not None:
-            expected = (table.steps + 1, len(histories), self.model.config.width)
-            if noise.shape != expected:
-                raise ValueError(f"noise is {tuple(noise.shape)}; expected {expected}: steps + 1, histories, width")
-        if row_keys is not None and row_keys.shape != (len(histories),):
-            raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
-        if row_keys is not None:
-            philox.check_row_keys(row_keys)
-        if noise is not None:
-            source = ExplicitNoise(noise.to(self.device))
-        else:
-            keys = history_keys(histories) if row_keys is None else row_keys
-            source = PhiloxNoise(seed, keys.to(self.device), self.model.config.width)
+        histories, source = self._checked(histories, table, seed, noise, row_keys)
         state = self.encode(histories)
         if table is not None and isinstance(steps, ServingConfig) and steps.early_stop is not None:
             return self.sample_until_stable(state, table, source, steps.early_stop)
         rows = self.sample(state, table, source)
         taken = 0 if table is None else table.steps
         return Sampled(rows, torch.full((rows.shape[0],), taken, dtype=torch.int64, device=rows.device))
+
+    def _checked(
+        self,
+        histories: Jagged,
+        table: DiffusionTable | None,
+        seed: int,
+        noise: Tensor | None = None,
+        row_keys: Tensor | None = None,
+    ) -> tuple[Jagged, PhiloxNoise | ExplicitNoise]:
+        """The items that are read, and the source of the noise; raises ValueError for what does not fit together."""
+        self.check_histories(histories)
+        histories = histories.tail(self.model.config.max_length)
+        if noise is not None and (row_keys is not None or table is None):
+            raise ValueError("noise was given with row_keys, or to a model that draws none; give one of them at most")
+        if noise is not None and table is not None:
+            expected = (table.steps + 1, len(histories), self.model.config.width)
+            if noise.shape != expected:
+                raise ValueError(f"noise is {tuple(noise.shape)}; expected {expected}: steps + 1, histories, width")
+            return histories, ExplicitNoise(noise.to(self.device))
+        if row_keys is None:
+            row_keys = history_keys(histories)
+        elif row_keys.shape != (len(histories),):
+            raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
+        philox.check_row_keys(row_keys)
+        return histories, PhiloxNoise(seed, row_keys.to(self.device), self.model.config.width)
 
     @torch.inference_mode()
     def score(self, rows: Tensor) -> Tensor:

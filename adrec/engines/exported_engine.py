@@ -3,7 +3,8 @@
 A request is one run of a ``request`` graph (see `compress.export`), which takes histories, lengths and noise and
 returns items, scores and representations. `recommend` takes the lists from the graph, `represent` its representations.
 Graphs come from a folder (`from_export`) or are exported on the first request for a number of steps and kept in a cache
-folder. What reads the files is a subclass: `adrec.engines.onnxruntime`, `adrec.engines.aotinductor`.
+folder. What reads the files is a subclass: `adrec.engines.onnxruntime`, `adrec.engines.aotinductor`,
+`adrec.engines.tensorrt`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from adrec.checkpoint import model_fingerprint
 from adrec.data.jagged import Jagged
-from adrec.engines.base import Engine, PlanFeature, TopK, history_keys
+from adrec.engines.base import Engine, PlanFeature, TopK
 from adrec.engines.exported import (
     ExportError,
     GraphFile,
@@ -44,8 +45,8 @@ EXPORTERS = "adrec.exporters"
 RESULTS = 20
 # From here on the steps are a loop: its graph is made once, and 32 unrolled steps take a minute to export.
 MOST_UNROLLED = 8
-# What a run costs beside its tokens, in tokens of a model of two and two blocks, and rows of the table in one of them.
-_RUN_TOKENS, _ROWS_PER_TOKEN = 16, 5
+# Rows of the item table that cost as much as a token of a model of two and two blocks.
+_ROWS_PER_TOKEN = 5
 Own = TypeVar("Own", bound="ExportedEngine")
 
 
@@ -72,6 +73,8 @@ class ExportedEngine(Engine):
     """Whether many steps are exported as a loop."""
     narrowest: ClassVar[int] = 1
     """Columns that a rectangle of histories has at least."""
+    run_tokens: ClassVar[float] = 16.0
+    """What a run costs beside its tokens and its table, in tokens of a model of two and two blocks."""
 
     def __init__(self, model: SequenceModel, *, folder: Path | None = None, only: str | None = None) -> None:
         super().__init__(model)
@@ -119,7 +122,7 @@ class ExportedEngine(Engine):
         histories = histories.to("cpu")
         order = torch.argsort(histories.lengths, stable=True)
         lengths = histories.lengths[order]
-        per_run = _RUN_TOKENS + self.model.config.items / (_ROWS_PER_TOKEN * self.model.config.width)
+        per_run = self.run_tokens + self.model.config.items / (_ROWS_PER_TOKEN * self.model.config.width)
         bounds = group_bounds(tuple(lengths.tolist()), per_run)
         rows = tuple(order[first:last] for first, last in pairwise(bounds))
         return PaddedGroups(rows, tuple(histories.select(part) for part in rows), len(histories))
@@ -127,7 +130,7 @@ class ExportedEngine(Engine):
     def sample(self, state: PaddedGroups, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
         graph, session = self.session(table)
         out = torch.empty(state.size, self.model.config.width)
-        for rows, found in zip(state.rows, self._runs(graph, session, state, table, noise, ("rows",)), strict=True):
+        for rows, found in self._runs(graph, session, state, table, noise, ("rows",)):
             out[rows] = found["rows"]
         return out.to(self.device)
 
@@ -151,15 +154,11 @@ class ExportedEngine(Engine):
         graph, session = self.session(table)
         if exclude is not None or graph.k is None or k > graph.k or len(histories) == 0:
             return super().recommend(histories, k, steps, seed, row_keys, exclude)
-        self.check_histories(histories)
-        histories = histories.tail(self.model.config.max_length)
-        keys = history_keys(histories) if row_keys is None else row_keys
-        noise = PhiloxNoise(seed, keys.to("cpu"), self.model.config.width)
+        histories, noise = self._checked(histories, table, seed, row_keys=row_keys)
         state = self.encode(histories)
         items = torch.empty(state.size, k, dtype=torch.int64)
         scores = torch.empty(state.size, k)
-        runs = self._runs(graph, session, state, table, noise, ("items", "scores"))
-        for rows, found in zip(state.rows, runs, strict=True):
+        for rows, found in self._runs(graph, session, state, table, noise, ("items", "scores")):
             items[rows], scores[rows] = found["items"][:, :k], found["scores"][:, :k]
         return TopK(items.to(self.device), scores.to(self.device))
 
@@ -171,12 +170,17 @@ class ExportedEngine(Engine):
         table: DiffusionTable | None,
         noise: PhiloxNoise | ExplicitNoise,
         outputs: tuple[str, ...],
-    ) -> list[dict[str, Tensor]]:
-        found = []
-        for rows, histories in zip(state.rows, state.histories, strict=True):
-            inputs = request_inputs(graph, histories, table, noise, rows, self.model, self.narrowest)
-            found.append(self.run(graph, session, inputs, outputs))
-        return found
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Input rows and outputs of each run."""
+        for group, histories in zip(state.rows, state.histories, strict=True):
+            for part in torch.arange(len(group)).split(self.most_users(session) or len(group)):
+                rows = group[part]
+                inputs = request_inputs(graph, histories.select(part), table, noise, rows, self.model, self.narrowest)
+                yield rows, self.run(graph, session, inputs, outputs)
+
+    def most_users(self, session: Any) -> int | None:
+        """Users that a run takes at most; None: any number."""
+        return None
 
     def session(self, table: DiffusionTable | None) -> tuple[GraphFile, Any]:
         """The graph that runs a table, and its session. Raises ConfigError where the folder has none."""

@@ -79,6 +79,14 @@ def test_lists_and_representations_equal_cached(
     assert (own - best.scores)[places].abs().max().item() <= 2 * TOLERANCE if bool(places.any()) else True
 
 
+def test_row_keys_are_checked_before_the_graph_runs(engine: OnnxRuntimeEngine) -> None:
+    histories = Jagged.from_lists([[1, 2], [3]])
+    with pytest.raises(ValueError, match=r"row_keys is \(3,\); expected \[2\]"):
+        engine.recommend(histories, 3, steps=2, row_keys=torch.arange(3))
+    with pytest.raises(ValueError, match="2\\^39"):
+        engine.recommend(histories, 3, steps=2, row_keys=torch.tensor([0, 2**39]))
+
+
 def test_row_keys_and_explicit_noise_reach_the_graph(engine: OnnxRuntimeEngine) -> None:
     histories, exact = histories_of([4, 1, 4, 50]), CachedEngine(engine.model)
     keys = torch.tensor([5, 6, 7, 8])

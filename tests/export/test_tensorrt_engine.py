@@ -74,7 +74,7 @@ def test_a_request_is_that_of_cached(made: TensorRTEngine, batch: int, batches: 
     noise = torch.randn(steps + 1, batch, 16)
     rows = made.represent(given, steps, noise=noise)
     torch.testing.assert_close(rows, exact.represent(given, steps, noise=noise), atol=1e-5, rtol=0)
-    _, runner = made.runner(made.table(steps))
+    _, runner = made.session(made.table(steps))
     assert runner.batches == batches * 2  # type: ignore[attr-defined]
 
 
@@ -86,15 +86,15 @@ def test_lists_that_the_graph_does_not_rank_are_scored_here(made: TensorRTEngine
 
 
 def test_steps_that_were_not_exported_are_refused(made: TensorRTEngine) -> None:
-    with pytest.raises(ConfigError, match="holds no fp32 graph for 3 steps; export it with --steps"):
+    with pytest.raises(ConfigError, match="holds no fp32 graph for 3 steps; it holds: 2; export it with --steps 3"):
         made.recommend(histories(2), 4, 3)
 
 
 def test_a_folder_of_another_model_is_refused(made: TensorRTEngine, folder: Path, tiny_model: Any) -> None:
     with pytest.raises(ExportError, match="was exported from another model"):
         TensorRTEngine(tiny_model(seed=1, timesteps=32, max_length=9), folder=folder)
-    with pytest.raises(ConfigError, match="holds no request graph in fp16: fp32"):
-        TensorRTEngine(made.model, folder=folder, precision="fp16")
+    with pytest.raises(ConfigError, match="holds no onnx request graph in fp16; it holds: fp32"):
+        TensorRTEngine.from_export(folder, made.model, precision="fp16")
     with pytest.raises(ExportError, match=r"holds no export.json"):
         TensorRTEngine(made.model, folder=folder.parent)
 

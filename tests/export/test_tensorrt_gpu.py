@@ -31,7 +31,7 @@ def engine(model: Any, folder: Path, *, build: BuildOptions | None = None, **opt
     graphs = [folder / graph.file for graph in manifest.graphs]
     exported = export_tensorrt(graphs, PROFILES, build or BuildOptions(workspace_mib=512))
     assert set(exported.require_plans()) == {graph.name for graph in graphs}
-    return TensorRTEngine(model.cuda(), folder=folder)
+    return TensorRTEngine.from_export(folder, model.cuda())
 
 
 def histories(batch: int, longest: int = 9) -> Jagged:
@@ -62,7 +62,7 @@ def test_float32_is_cached(tiny_model: Any, tmp_path: Path, plugins: bool, overr
 def test_float16_is_float16_and_near(tiny_model: Any, tmp_path: Path, plugins: bool) -> None:
     model = tiny_model(timesteps=32, max_length=9)
     made = engine(model, tmp_path / "out", steps=(1,), precision="fp16", plugins=plugins)
-    _, runner = made.runner(made.table(1))
+    _, runner = made.session(made.table(1))
     assert runner.record.precision_confirmed
     assert "float16" in runner.record.layers
     given = histories(33)
@@ -79,7 +79,7 @@ def test_weights_can_be_exchanged(tiny_model: Any, tmp_path: Path, weights: str)
     manifest = export_onnx(second.cpu(), tmp_path / "second", ExportOptions(k=5))
     given = histories(33)
     torch.testing.assert_close(made.represent(given, 1), CachedEngine(first).represent(given, 1), atol=1e-5, rtol=1e-5)
-    _, runner = made.runner(made.table(1))
+    _, runner = made.session(made.table(1))
     runner.refit(tmp_path / "second" / manifest.graphs[0].file)
     torch.testing.assert_close(
         made.represent(given, 1), CachedEngine(second.cuda()).represent(given, 1), atol=1e-5, rtol=1e-5
@@ -88,7 +88,7 @@ def test_weights_can_be_exchanged(tiny_model: Any, tmp_path: Path, weights: str)
 
 def test_a_captured_request_is_the_plain_one(tiny_model: Any, tmp_path: Path) -> None:
     made = engine(tiny_model(timesteps=32, max_length=9), tmp_path / "out")
-    _, runner = made.runner(made.table(1))
+    _, runner = made.session(made.table(1))
 
     def request(seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -108,7 +108,7 @@ def test_a_captured_request_is_the_plain_one(tiny_model: Any, tmp_path: Path) ->
 
 def test_streams_do_not_disturb_each_other(tiny_model: Any, tmp_path: Path) -> None:
     made = engine(tiny_model(timesteps=32, max_length=9), tmp_path / "out")
-    _, runner = made.runner(made.table(1))
+    _, runner = made.session(made.table(1))
     given = [
         {
             "histories": torch.randint(1, 41, (batch, 9)).cuda(),
@@ -133,7 +133,7 @@ def test_streams_do_not_disturb_each_other(tiny_model: Any, tmp_path: Path) -> N
 def test_a_plan_is_kept_and_reloaded(tiny_model: Any, tmp_path: Path) -> None:
     model = tiny_model(timesteps=32, max_length=9)
     made = engine(model, tmp_path / "out")
-    _, runner = made.runner(made.table(1))
+    _, runner = made.session(made.table(1))
     written = runner.plan.stat().st_mtime_ns
     graph = tmp_path / "out" / next(iter(runner.record.graph_files))
     export_tensorrt([graph], PROFILES, BuildOptions(workspace_mib=512))
