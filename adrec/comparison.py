@@ -22,7 +22,7 @@ from adrec.evaluation import (
     popularity_groups,
     stratify,
 )
-from adrec.respacing import Steps, sampler_name
+from adrec.respacing import Steps, sampler_name, step_count
 
 Split = Literal["validation", "test"]
 System = tuple[str, Engine | None, Steps, int]
@@ -86,7 +86,8 @@ class Comparison:
             diffuses = engine is not None and name == "adrec"
             head: dict[str, Any] = {"system": name, "steps": "-", "sampler": "-", "seed": seed}
             if diffuses:
-                head |= {"steps": self._count(steps), "sampler": sampler_name(steps), "mean steps": result.mean_steps}
+                count = step_count(steps, self.run.settings.model)
+                head |= {"steps": count, "sampler": sampler_name(steps), "mean steps": result.mean_steps}
             if isinstance(steps, ServingConfig):
                 head["times"] = None if steps.times is None else list(steps.times)
             exact = self._exact(passes, results, seed, exclude) if diffuses else None
@@ -98,10 +99,6 @@ class Comparison:
                     row[KEPT] = None if kept is None else _values(kept)
                 rows.append(row)
         return rows
-
-    def _count(self, steps: Steps) -> int:
-        trained = self.run.settings.model.timesteps
-        return steps.count(trained) if isinstance(steps, ServingConfig) else steps or trained
 
     def _exact(
         self, passes: list[tuple[System, bool]], results: list[Evaluation], seed: int, exclude: bool
@@ -120,7 +117,8 @@ class Comparison:
             systems.append(("sasrec+", make_engine(self.engine, model), None, 0))
         engine = make_engine(self.engine, self.run.model)
         if self.run.settings.model.model == "sasrec":
-            return [*systems, ("sasrec+", engine, None, 0)]
+            # Beside a baseline it is another network, such as a student without denoiser blocks.
+            return [*systems, ("sasrec+" if self.baseline is None else "this run", engine, None, 0)]
         return [*systems, *(("adrec", engine, count, seed) for seed in self.seeds for count in self.steps)]
 
 

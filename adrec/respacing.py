@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from adrec.config import ServingConfig
+from adrec.config import ModelConfig, ServingConfig
 from adrec.errors import ConfigError
 from adrec.schedule import DiffusionTable, diffusion_table, respace, spaced_times
 
@@ -59,6 +59,15 @@ def sampling_table(betas: np.ndarray, steps: Steps) -> DiffusionTable:
     else:
         table = respace(betas, times)
     return replace(table, starts_noisy=steps.start == "noise")
+
+
+def step_count(steps: Steps, model: ModelConfig) -> int | None:
+    """Reverse steps of a plan, at most; None for a model without any."""
+    if model.model != "adrec":
+        return None
+    if isinstance(steps, ServingConfig):
+        return steps.count(model.timesteps)
+    return model.timesteps if steps is None else steps
 
 
 def sampler_name(steps: Steps) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from adrec.data.dataset import Examples
 from adrec.engines import Engine
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
+from adrec.respacing import Steps
 from bench.places import pack_places
 from bench.record import Accuracy, Estimate
 
@@ -28,13 +29,13 @@ class AccuracyBook:
         self.engine = engine
         self.examples = examples
         self.exact_steps = exact_steps
-        self._found: dict[tuple[int | None, int], Evaluation] = {}
+        self._found: dict[tuple[Steps, int], Evaluation] = {}
         # A fixed sample: every engine and step count is compared on the same users.
         users = len(examples.histories)
         picked = np.random.default_rng(0).permutation(users)[:AGREEMENT_USERS]
         self._sample = torch.from_numpy(np.sort(picked))
 
-    def evaluation(self, steps: int | None, seed: int) -> Evaluation:
+    def evaluation(self, steps: Steps, seed: int) -> Evaluation:
         """Return the evaluation at ``steps`` and ``seed``, measuring it on the first request."""
         key = (steps, seed)
         if key not in self._found:
@@ -45,7 +46,7 @@ class AccuracyBook:
         """Describe the result that the overlaps refer to."""
         return f"{self.engine.name}, {self.exact_steps} steps, seed {seed}, {len(self.examples.histories)} users"
 
-    def accuracy(self, steps: int | None, seed: int, engine: Engine, exact: AccuracyBook) -> Accuracy:
+    def accuracy(self, steps: Steps, seed: int, engine: Engine, exact: AccuracyBook) -> Accuracy:
         """Return the accuracy at ``steps`` as measured here, and how far ``engine`` agrees with it.
 
         ``exact`` is the book whose evaluation at its exact step count the top-20 overlap refers to.
@@ -72,7 +73,7 @@ class AccuracyBook:
             places_base64=pack_places(measured.ranks),
         )
 
-    def _sample_lists(self, steps: int | None, seed: int, engine: Engine) -> Tensor:
+    def _sample_lists(self, steps: Steps, seed: int, engine: Engine) -> Tensor:
         """The top lists of another engine for the sampled users, `[n, k]`."""
         histories = self.examples.histories.select(self._sample)
         keys = self.examples.users[self._sample]

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import save
 
 from adrec.checkpoint import Run, model_fingerprint
-from adrec.config import ServingConfig
 from adrec.data.dataset import Dataset, Examples
 from adrec.engines import ENGINES, CachedEngine, make_engine
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from adrec.models.base import SequenceModel
-from adrec.respacing import Steps
+from adrec.respacing import Steps, step_count
 from bench.accuracy import RESULTS, estimates
 from bench.compression.record import CompressAccuracy, CompressRecord, CompressTiming
 from bench.compression.stopwatch import Served, recommend
@@ -67,12 +66,7 @@ class Row:
     @property
     def step_count(self) -> int | None:
         """Reverse steps at most; None for a model without any."""
-        config = self.run.config
-        if config.model != "adrec":
-            return None
-        if isinstance(self.steps, ServingConfig):
-            return self.steps.count(config.timesteps)
-        return self.steps or config.timesteps
+        return step_count(self.steps, self.run.config)
 
 
 @dataclass

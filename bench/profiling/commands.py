@@ -20,7 +20,8 @@ def profile(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.", show_default=False)],
     engine: Annotated[str, typer.Option(help="Engine.")] = "cached",
     steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST_STEPS, help="Reverse steps; default: as trained.")
+        int | None,
+        typer.Option(min=1, max=MOST_STEPS, help="Reverse steps; default: the run's serving plan, or all trained."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, max=MOST_USERS, help="Users in a batch.")] = 512,
     out: Annotated[Path | None, typer.Option(help="Folder for page, record and trace; default: RUN/profile.")] = None,

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, TopK, make_engine
 from adrec.errors import ConfigError
+from adrec.respacing import Steps, sampler_name, step_count
 from bench.environment import read_environment
 from bench.kernels.measure import now_utc
 from bench.profiling.floors import Rates, measure_rates, stage_costs
@@ -29,7 +31,10 @@ STEPS = "denoise, all steps"
 
 @dataclass(frozen=True)
 class Profiler:
-    """Profiles batches of a subject's real histories; ``seconds`` is the budget of the rounds, 5 of them at least."""
+    """Profiles batches of a subject's real histories; ``seconds`` is the budget of the rounds, 5 of them at least.
+
+    steps: None for how the run is served, and where it does not say, as trained.
+    """
 
     subject: Subject
     engine: str
@@ -48,8 +53,9 @@ class Profiler:
         model = run.model.eval().to(self.device)
         engine = make_engine(self.engine, model)
         config = model.config
-        trained = config.timesteps if config.model == "adrec" else None
-        steps = (self.steps or trained) if trained is not None else None
+        trained = step_count(None, config)
+        plan: Steps = None if trained is None else self.steps or run.settings.serving
+        steps = step_count(plan, config)
         if trained is not None and not 1 <= (steps or 0) <= trained:
             raise ConfigError(
                 f"--steps {self.steps}: allowed are 1 to {trained}, the steps that the run was trained with"
@@ -58,7 +64,7 @@ class Profiler:
         rates = rates or measure_rates(self.device, engine.dtype, clock)
         batches = draw_batches(self.subject.examples.histories, self.batch_size)
         k = min(RESULTS, config.items)
-        rounds, plain = self._rounds(engine, batches, steps, k, clock, report)
+        rounds, plain = self._rounds(engine, batches, plan, k, clock, report)
         histories = batches[0].tail(config.max_length)
         tokens = int(sum(int(batch.lengths.clamp(max=config.max_length).sum()) for batch in batches) / len(batches))
         costs = stage_costs(config, tokens, self.batch_size, engine.dtype.itemsize)
@@ -70,6 +76,7 @@ class Profiler:
             model=config.model,
             engine=self.engine,
             steps=steps,
+            sampler=sampler_name(plan) if isinstance(plan, ServingConfig) else None,
             batch_size_users=self.batch_size,
             precision=str(engine.dtype).removeprefix("torch."),
             stages=summarise(rounds, steps, costs, rates),
@@ -93,13 +100,13 @@ class Profiler:
             environment=environment,
             command=self.command,
         )
-        return record, lambda: timed_request(engine, StageClock(self.device), histories, k, steps, self.seed)
+        return record, lambda: timed_request(engine, StageClock(self.device), histories, k, plan, self.seed)
 
     def _rounds(
         self,
         engine: Engine,
         batches: Sequence[Jagged],
-        steps: int | None,
+        plan: Steps,
         k: int,
         clock: Clock,
         report: Callable[[float, float], None],
@@ -111,20 +118,20 @@ class Profiler:
         number = -1
         while len(rounds) < 5 or spent < self.seconds:
             batch = batches[(number + 1) % len(batches)]
-            whole = clock.time_ms(partial(self._recommend, engine, batch, steps, k), number)
+            whole = clock.time_ms(partial(self._recommend, engine, batch, plan, k), number)
             stages = StageClock(self.device)
-            timed_request(engine, stages, batch, k, steps, self.seed)
+            timed_request(engine, stages, batch, k, plan, self.seed)
             if number >= 0:
                 # The first round warms up.
                 plain.append(whole)
-                rounds.append(stage_times(stages.spent_ms, steps))
+                rounds.append(stage_times(stages.spent_ms, step_count(plan, engine.model.config)))
                 spent += (whole + sum(rounds[-1].values())) / 1e3
                 report(min(spent, self.seconds), self.seconds)
             number += 1
         return rounds, plain
 
-    def _recommend(self, engine: Engine, batch: Jagged, steps: int | None, k: int, _: int) -> TopK:
-        return engine.recommend(batch, k, steps=steps, seed=self.seed)
+    def _recommend(self, engine: Engine, batch: Jagged, plan: Steps, k: int, _: int) -> TopK:
+        return engine.recommend(batch, k, steps=plan, seed=self.seed)
 
 
 def summarise(

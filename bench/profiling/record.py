@@ -40,6 +40,7 @@ class ProfileRecord(Frozen):
     model: str
     engine: str
     steps: int | None
+    sampler: str | None = None
     batch_size_users: int
     precision: str
     stages: list[Stage]

@@ -13,6 +13,7 @@ from torch.profiler import record_function
 
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, TopK
+from adrec.respacing import Steps
 
 COPY_IN, PREPARE, ENCODE, UPDATE, SCORE, TOP_K, COPY_OUT = (
     "copy in",
@@ -96,7 +97,7 @@ def step_name(row: int) -> str:
 
 
 @torch.inference_mode()
-def timed_request(engine: Engine, clock: StageClock, histories: Jagged, k: int, steps: int | None, seed: int) -> TopK:
+def timed_request(engine: Engine, clock: StageClock, histories: Jagged, k: int, steps: Steps, seed: int) -> TopK:
     """Answer one batch stage by stage; the same result as `Engine.recommend`."""
     with probed(engine, clock):
         with clock.stage(COPY_IN):

@@ -6,7 +6,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.table import Table
 
 from adrec.errors import ConfigError
 from bench.kernels.commands import wide_console
+
+if TYPE_CHECKING:
+    from adrec.config import ModelConfig
+    from adrec.respacing import Steps
 
 ENGINES_HELP = "Engines, comma-separated."
 
@@ -122,7 +126,9 @@ def run_suites(
 def serving(
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.", show_default=False)],
     engines: Annotated[str, typer.Option(help=ENGINES_HELP)] = "cached",
-    steps: Annotated[str, typer.Option(help="Step counts, comma-separated.")] = "1,4,32",
+    steps: Annotated[
+        str | None, typer.Option(help="Step counts, comma-separated; default: how the run is served, or 1.")
+    ] = None,
     scenarios: Annotated[
         str, typer.Option(help="single stream, server, offline; comma-separated.")
     ] = "single stream,server,offline",
@@ -152,6 +158,7 @@ def serving(
     from adrec.devices import check_device
     from adrec.engines import ENGINES
     from adrec.files import check_output
+    from adrec.respacing import step_count
     from bench.environment import printable_command
     from bench.kernels.selection import pick_all
     from bench.progress import SweepProgress
@@ -173,21 +180,19 @@ def serving(
     chosen = pick_all(scenarios, SCENARIOS, "--scenarios")
     names, where = pick_all(engines, ENGINES, "--engines"), check_device(device)
     subject = load_subject(run, data, "test", users)
-    counts = integers(steps, "--steps", 1, subject.run.config.timesteps)
+    settings = subject.run.settings
+    trained = step_count(None, settings.model) or 1
+    plans: list[Steps] = [settings.serving or 1] if steps is None else [*integers(steps, "--steps", 1, trained)]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     policy = Policy(Extent(seconds, queries, seconds_most), batch_most, wait_ms, bound_ms, rate, load, seed)
     with pinned_threads(threads), SweepProgress(console, quiet=quiet) as progress:
         bench = ServingBench(subject, policy, where, printable_command(sys.argv))
         cells = [
-            (scenario, name, count)
-            for name in names
-            for count in counts
-            for scenario in SCENARIOS
-            if scenario in chosen
+            (scenario, name, plan) for name in names for plan in plans for scenario in SCENARIOS if scenario in chosen
         ]
         for cell in cells:
-            progress.update(_cell_name(*cell), 0.0, seconds)
-        records = [bench.record(*cell, partial(progress.update, _cell_name(*cell))) for cell in cells]
+            progress.update(_cell_name(*cell, settings.model), 0.0, seconds)
+        records = [bench.record(*cell, partial(progress.update, _cell_name(*cell, settings.model))) for cell in cells]
     write_whole(target, records)
     wide_console().print(serving_table(records), markup=False)
     console.print(f"{len(records)} rows in {target}", markup=False)
@@ -195,5 +200,8 @@ def serving(
         raise typer.Exit(1)
 
 
-def _cell_name(scenario: str, engine: str, steps: int) -> str:
-    return f"{scenario}, {engine}, {steps} steps"
+def _cell_name(scenario: str, engine: str, plan: Steps, model: ModelConfig) -> str:
+    from adrec.respacing import step_count
+
+    count = step_count(plan, model)
+    return f"{scenario}, {engine}" + ("" if count is None else f", {count} steps")

@@ -118,6 +118,7 @@ def _tradeoff(context: Context) -> list[Unit]:
 
 
 def _serving(context: Context) -> list[Unit]:
+    from adrec.respacing import step_count
     from bench.serving.measure import SCENARIOS, Policy, ServingBench
     from bench.serving.records import Scenario
     from bench.serving.scenarios import Extent
@@ -131,8 +132,8 @@ def _serving(context: Context) -> list[Unit]:
         return ServingBench(context.subject, policy, context.device, context.command)
 
     def measure(scenario: Scenario, engine: str, steps: int, report: Report) -> Iterable[BaseModel]:
-        trained = context.subject.run.config.timesteps
-        yield bench().record(scenario, engine, min(steps, trained), report)
+        trained = step_count(None, context.subject.run.config)
+        yield bench().record(scenario, engine, None if trained is None else min(steps, trained), report)
 
     return [
         Unit(

@@ -9,7 +9,9 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
+from adrec.config import ServingConfig
 from adrec.engines import Engine, make_engine
+from adrec.respacing import Steps, sampler_name, step_count
 from bench.accuracy import RESULTS, AccuracyBook
 from bench.environment import Environment, read_environment
 from bench.kernels.measure import now_utc
@@ -63,8 +65,8 @@ class ServingBench:
     _books: dict[str, AccuracyBook] = field(default_factory=dict)
     _engines: dict[str, Engine] = field(default_factory=dict)
 
-    def record(self, scenario: Scenario, engine_name: str, steps: int, report: Progress) -> ServingRecord:
-        """Measure one scenario; an exception is the record's error."""
+    def record(self, scenario: Scenario, engine_name: str, steps: Steps, report: Progress) -> ServingRecord:
+        """Measure one scenario; an exception is the record's error. steps: a plan of the run's model, None for all."""
         summary: ServingSummary | None = None
         accuracy: Accuracy | None = None
         error, rate = None, self.policy.rate
@@ -88,7 +90,8 @@ class ServingBench:
             scenario=scenario,
             model=subject.run.config.model,
             engine=engine_name,
-            steps=steps,
+            steps=step_count(steps, subject.run.config),
+            sampler=sampler_name(steps) if isinstance(steps, ServingConfig) else None,
             precision=str(subject.run.model.table.dtype).removeprefix("torch."),
             demand=ServingDemand(
                 seconds_least=policy.extent.seconds_least,
@@ -126,7 +129,7 @@ class ServingBench:
             self._engines[name] = make_engine(name, self.subject.run.model.eval().to(self.device))
         return self._engines[name]
 
-    def _serve(self, engine: Engine, steps: int, numbers: range) -> object:
+    def _serve(self, engine: Engine, steps: Steps, numbers: range) -> object:
         users = self._users[torch.arange(numbers.start, numbers.stop) % QUERY_HISTORIES]
         histories = self.subject.examples.histories.select(users)
         # To the host: a query is answered when its caller can read it.
@@ -166,8 +169,8 @@ class ServingBench:
         bound = policy.latency_bound_ms if scenario == "server" else None
         return summarise(served, complaints(served, extent, arrivals=scenario == "server"), bound)
 
-    def _accuracy(self, engine: Engine, steps: int) -> Accuracy:
-        timesteps = self.subject.run.config.timesteps
+    def _accuracy(self, engine: Engine, steps: Steps) -> Accuracy:
+        timesteps = step_count(None, self.subject.run.config)
         if engine.name not in self._books:
             self._books[engine.name] = AccuracyBook(engine, self.subject.examples, timesteps)
         book = self._books[engine.name]

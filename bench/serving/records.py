@@ -64,6 +64,7 @@ class ServingRecord(Frozen):
     model: str
     engine: str
     steps: int | None
+    sampler: str | None = None
     precision: str
     demand: ServingDemand
     summary: ServingSummary | None

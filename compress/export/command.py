@@ -112,7 +112,7 @@ def export(
         )
     if to == "tensorrt":
         from adrec.config import parse
-        from compress.export.tensorrt.command import check_tensorrt
+        from compress.export.tensorrt.command import check_lengths, check_tensorrt
         from compress.export.tensorrt.options import BuildOptions
 
         profiles = check_tensorrt(profile or [], k=k, loop=loop, table=table, quantised=quantised)
@@ -131,6 +131,8 @@ def export(
     source = load_run(run)
     if baseline:
         source = _baseline_of(source)
+    if to == "tensorrt":
+        check_lengths(profiles, source.settings.model.max_length)
     plans = _plans(source, steps)
     calibrated = [name for name in quantised if name.endswith("qdq")]
     options = ExportOptions(

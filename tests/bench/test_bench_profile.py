@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from shutil import which
@@ -16,7 +17,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from adrec.config import ModelConfig
+from adrec.config import ModelConfig, ServingConfig
 from adrec.engines import make_engine
 from adrec.errors import AdrecError, DataError
 from bench.archive import read_any
@@ -193,6 +194,15 @@ def test_record_and_page(record: ProfileRecord) -> None:
     assert "Most is to be gained in" in " ".join(sentences(record))
     evil = record.model_copy(update={"dataset_name": "</script><b>"})
     assert "</script><b>" not in page_of(evil)
+
+
+def test_a_run_is_profiled_as_it_is_served(tiny_run: Path) -> None:
+    subject = load_subject(tiny_run, None, "test", None)
+    plan = ServingConfig(sampler="ddim", times=(0, 3))
+    subject.run = replace(subject.run, settings=subject.run.settings.model_copy(update={"serving": plan}))
+    for asked, steps, sampler in ((None, 2, "ddim"), (3, 3, None)):
+        found, _ = Profiler(subject, "cached", asked, 8, CPU, 1e-6, "adrec bench profile").measure(rates=RATES)
+        assert (found.steps, found.sampler, len(found.step_ms_p50)) == (steps, sampler, steps)
 
 
 def invoke(*arguments: str) -> Any:

@@ -19,9 +19,10 @@ from tensorrt_standin import standin
 from adrec.engines.tensorrt import library
 from adrec.engines.tensorrt.library import TensorRTError
 from adrec.engines.tensorrt.plan import read_plan, record_path
+from adrec.engines.tensorrt.profiles import parse_profile
 from adrec.errors import ConfigError, NotSupportedError
 from compress.export.tensorrt.build import PlanNotBuiltError, export_tensorrt, own_files, read_request
-from compress.export.tensorrt.command import check_tensorrt
+from compress.export.tensorrt.command import check_lengths, check_tensorrt
 from compress.export.tensorrt.graph import read_graph
 from compress.export.tensorrt.operators import DOMAIN
 from compress.export.tensorrt.options import BuildOptions
@@ -242,6 +243,13 @@ def test_commands_are_refused_before_the_export(options: dict[str, object], mess
     asked = {"profile": ["batch=1:1:1,length=1:8:50"], "k": 20} | options
     with pytest.raises(ConfigError, match=message):
         check_tensorrt(**asked)  # type: ignore[arg-type]
+
+
+def test_a_profile_of_longer_histories_than_the_run_reads_is_refused() -> None:
+    profiles = (parse_profile("batch=1:1:1,length=1:8:50"), parse_profile("batch=2:2:4,length=1:8:51"))
+    check_lengths(profiles, 51)
+    with pytest.raises(ConfigError, match="covers length 51; allowed: up to 50"):
+        check_lengths(profiles, 50)
 
 
 def test_a_gpu_that_torch_does_not_see_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

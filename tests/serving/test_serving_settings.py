@@ -145,3 +145,28 @@ def test_an_engine_that_cannot_serve_a_run_says_so_at_once(served: Path) -> None
     recommender = Recommender.load(served)
     with pytest.raises(ConfigError, match="times hold 4; allowed: 0 to 3"):
         recommender.recommend([[1]], 3, steps=ServingConfig(times=(4,)))
+
+
+def test_a_run_without_steps_stands_beside_its_baseline(
+    tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, data: Path
+) -> None:
+    for folder, seed in ((tmp_path / "run", 1), (tmp_path / "run" / "baseline", 2)):
+        model = tiny_model(seed=seed, model="sasrec", max_length=20)
+        save_run(folder, RunConfig(model=model.config), model, tiny_dataset, str(data), {})
+    adrec("evaluate", tmp_path / "run", "--history", "keep", "--json", tmp_path / "rows.json")
+    rows = {row["system"]: row for row in json.loads((tmp_path / "rows.json").read_text("utf-8"))["rows"]}
+    assert list(rows) == ["popularity", "sasrec+", "this run"]
+    for name, folder in (("sasrec+", tmp_path / "run" / "baseline"), ("this run", tmp_path / "run")):
+        found = evaluate(make_engine("cached", load_run(folder).model), tiny_dataset.examples("test"))
+        assert rows[name]["NDCG@20"]["value"] == found.metrics["NDCG@20"].value
+
+
+def test_bench_measures_a_run_as_it_is_served(served: Path, make_run: Callable[..., Path], data: Path) -> None:
+    bare = make_run(model="sasrec")
+    for folder, steps, sampler in ((served, 2, "ddim, until the top 3 stays for 1"), (bare, None, None)):
+        options = ("--data", data, "--seconds", "0", "--queries", "3", "--batch-most", "2", "--quiet")
+        adrec("bench", "serving", folder, "--scenarios", "offline", *options)
+        (line,) = (folder / "bench" / "serving.jsonl").read_text("utf-8").splitlines()
+        record = json.loads(line)
+        assert (record["steps"], record["sampler"], record["error"]) == (steps, sampler, None)
+        assert record["accuracy"]["users"] == 60

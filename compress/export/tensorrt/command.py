@@ -30,6 +30,13 @@ def check_tensorrt(
     return profiles
 
 
+def check_lengths(profiles: Sequence[Profile], max_length: int) -> None:
+    """Raise ConfigError for a profile of longer histories than the model reads: its graph does not cut them."""
+    longest = max(each.ranges["length"].max for each in profiles)
+    if longest > max_length:
+        raise ConfigError(f"--profile covers length {longest}; allowed: up to {max_length}, which the run reads")
+
+
 def build_plans(
     out: Path,
     manifest: Manifest,
