@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
+from adrec.errors import DataError
 from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord
 from bench.environment import Environment
-from bench.kernels.records import EngineRecord, KernelRecord, Measured
+from bench.kernels.records import EngineRecord, KernelRecord, Measured, PathTiming
 from bench.profiling.record import ProfileRecord
 from bench.record import Accuracy, TradeoffRecord
 from bench.scaling.record import ScalingRecord
@@ -42,13 +43,21 @@ class Row:
 
 
 def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
-    """Rows by key; of several measurements of a thing the last counts. Calibrations and profiles are left out."""
+    """Rows by key; of several measurements of a thing the last counts. Calibrations and profiles are left out.
+
+    Raises DataError where those were made on different machines, since then no row speaks for the file.
+    """
     found: dict[Key, Row] = {}
     for record in records:
-        if isinstance(record, ScalingRecord):
-            found |= {row.key: row for row in _points(record)}
-        elif not isinstance(record, CalibrationRecord | ProfileRecord):
-            row = row_of(record)
+        if isinstance(record, CalibrationRecord | ProfileRecord):
+            continue
+        for row in _points(record) if isinstance(record, ScalingRecord) else [row_of(record)]:
+            earlier = found.get(row.key)
+            if earlier is not None and (differences := machine_differences(earlier, row)):
+                raise DataError(
+                    f"{label(row.key)} was measured twice, on different machines ({'; '.join(differences)}); keep"
+                    " one of them in the file"
+                )
             found[row.key] = row
     return found
 
@@ -96,6 +105,7 @@ def _(record: ServingRecord) -> Row:
             model=record.model,
             engine=record.engine,
             steps=record.steps,
+            sampler=record.sampler,
             batch=demand.batch_most,
             # A rate that followed from the throughput differs from run to run: its load is what was asked for.
             load=demand.load,
@@ -121,7 +131,8 @@ def _(record: ServingRecord) -> Row:
 @row_of.register
 def _(record: KernelRecord) -> Row:
     sizes = " ".join(f"{name}={size}" for name, size in record.shape.items())
-    return _measured(record, _key(kernel=record.kernel, path=record.path, shape=sizes, dtype=record.dtype))
+    key = _key(kernel=record.kernel, path=record.path, shape=sizes, dtype=record.dtype)
+    return _measured(record, key, record.timing, record.error)
 
 
 @row_of.register
@@ -135,7 +146,7 @@ def _(record: EngineRecord) -> Row:
         tokens=record.history_tokens,
         precision=record.precision,
     )
-    return _measured(record, key)
+    return _measured(record, key, record.timing, record.error)
 
 
 @row_of.register
@@ -171,31 +182,16 @@ def _points(record: ScalingRecord) -> Iterator[Row]:
             axis=record.axis, path=record.path, steps=record.steps, width=record.width, precision=record.precision,
             **sizes,
         )  # fmt: skip
-        timing = point.timing
-        yield Row(
-            key=key,
-            rounds_ms=tuple(each / 1e3 for each in timing.round_medians_us) if timing else (),
-            tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
-            accuracy=None,
-            error=point.error,
-            users=(),
-            weights="",
-            clock=record.protocol.clock,
-            device=record.protocol.device,
-            threads=record.protocol.threads,
-            environment=record.environment,
-            measured_at_utc=record.measured_at_utc,
-        )
+        yield _measured(record, key, point.timing, point.error)
 
 
-def _measured(record: Measured, key: Key) -> Row:
-    timing = record.timing
+def _measured(record: Measured | ScalingRecord, key: Key, timing: PathTiming | None, error: str | None) -> Row:
     return Row(
         key=key,
         rounds_ms=tuple(each / 1e3 for each in timing.round_medians_us) if timing else (),
         tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
         accuracy=None,
-        error=record.error,
+        error=error,
         users=(),
         weights="",
         clock=record.protocol.clock,

@@ -199,6 +199,13 @@ def test_other_machines_are_refused_with_the_reason(tiny_records: list[TradeoffR
         compared([], [])
 
 
+def test_a_thing_measured_on_two_machines_is_refused(tiny_records: list[TradeoffRecord]) -> None:
+    first = tiny_records[1]
+    assert len(rows_of([first, first])) == 1
+    with pytest.raises(DataError, match="was measured twice, on different machines"):
+        rows_of([other_machine(first, processor="another"), first])
+
+
 def test_an_overloaded_machine_gets_no_verdict(tiny_records: list[TradeoffRecord]) -> None:
     old = measured(tiny_records, 0)
     new = [
