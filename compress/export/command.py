@@ -222,6 +222,7 @@ def verify(
     """
     from adrec.checkpoint import load_run
     from adrec.files import check_output, write_text
+    from adrec.versions import installed_versions
     from compress.export.verify import save_for_replay, verify_export
 
     _choose(split, ("validation", "test"), "--split")
@@ -239,7 +240,15 @@ def verify(
         report=lambda pair: console.print(_line(pair), markup=False, highlight=False),
     )
     if output is not None:
-        write_text(output, json.dumps([pair.model_dump(mode="json") for pair in pairs], indent=2) + "\n")
+        content = {
+            "model_fingerprint": source.fingerprint,
+            "dataset": source.info.dataset_name,
+            "dataset_fingerprint": source.dataset_fingerprint,
+            "split": split,
+            "versions": installed_versions(),
+            "pairs": [pair.model_dump(mode="json") for pair in pairs],
+        }
+        write_text(output, json.dumps(content, indent=2) + "\n")
     if save is not None:
         for graph, inputs, outputs in save_for_replay(folder, source, examples.histories, save):
             command = f"polygraphy run {folder / graph} --trt --strongly-typed --load-inputs {inputs}"

@@ -65,7 +65,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
 def test_an_export_is_held_to_its_run(run: Path, exported: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.json"
     result = adrec("export", "verify", exported, "--against", run, "--batch-sizes", "1,3,64", "--json", pairs)
-    found = {each["precision"]: Pair.model_validate(each) for each in json.loads(pairs.read_text())}
+    record = json.loads(pairs.read_text())
+    assert (record["model_fingerprint"], record["split"]) == (load_run(run).fingerprint, "validation")
+    found = {each["precision"]: Pair.model_validate(each) for each in record["pairs"]}
     exact = found["fp32"]
     assert exact.faults == []
     assert exact.score_error < 1e-6
