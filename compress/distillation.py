@@ -56,8 +56,9 @@ class Lessons:
     steps the teacher answers with; None for a model without diffusion. stored: answer all prefixes once and keep the
     answers, ``tokens * D * 4`` bytes, instead of answering each batch; None: where that is at most 2 GiB.
 
-    left_out: share of the items that each batch leaves out of its sequences, of which long ones are windows from
-    anywhere instead of ends: histories nobody had, which the teacher answers nonetheless. Nothing is stored then.
+    left_out: share of the items that each batch leaves out of its sequences. replaced: share of those that stay which
+    give way to items of random interactions. Either makes histories that nobody had, which the teacher answers
+    nonetheless; long sequences are windows from anywhere then instead of ends, and nothing is stored.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Lessons:
         *,
         stored: bool | None = None,
         left_out: float = 0.0,
+        replaced: float = 0.0,
     ) -> None:
         self.longest, self.teacher, self.table, self.seed = longest, teacher, table, seed
-        self.whole, self.left_out = sequences, left_out
+        self.whole, self.left_out, self.replaced = sequences, left_out, replaced
         self.sequences = sequences.tail(longest + 1)
         lengths = (self.sequences.lengths - 1).clamp(min=0)
         offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64)
@@ -84,14 +86,20 @@ class Lessons:
         if teacher is not None:
             teacher.eval()
             self.bytes = self.prefixes.values.numel() * teacher.config.width * 4
-            if not left_out and (stored or (stored is None and self.bytes <= STORED_LIMIT)):
+            if not self.altered and (stored or (stored is None and self.bytes <= STORED_LIMIT)):
                 self.answers = self._answer_all(teacher)
+
+    @property
+    def altered(self) -> bool:
+        """Whether batches are of histories that nobody had."""
+        return bool(self.left_out or self.replaced)
 
     def batch(self, users: Tensor, epoch: int = 0) -> TaughtBatch:
         """The sequences of some users (2 items or more each), sorted by length, with the answers."""
-        if self.left_out:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "left out", epoch, *users.tolist()))
+        if self.altered:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "altered", epoch, *users.tolist()))
             sequences = thinned(self.whole.select(users), self.longest + 1, self.left_out, generator)
+            sequences = with_replacements(sequences, self.whole.values, self.replaced, generator)
             tokens = TokenBatch.from_sequences(sequences, self.longest)
             prefixes = torch.arange(tokens.layout.tokens)
             return TaughtBatch(tokens, None if self.teacher is None else self._answer(self.teacher, tokens, prefixes))
@@ -140,6 +148,14 @@ def thinned(sequences: Jagged, longest: int, left_out: float, generator: torch.G
     offsets = torch.zeros(len(sequences) + 1, dtype=torch.int64)
     torch.cumsum(torch.zeros_like(lengths).index_add_(0, rows, keep.long()), 0, out=offsets[1:])
     return Jagged(sequences.values[keep], offsets)
+
+
+def with_replacements(sequences: Jagged, pool: Tensor, share: float, generator: torch.Generator) -> Jagged:
+    """Sequences in which each item gives way, with probability ``share``, to a random one of ``pool`` `[P]` int64."""
+    count = sequences.values.numel()
+    chosen = torch.rand(count, generator=generator) < share
+    drawn = pool[torch.randint(pool.numel(), (count,), generator=generator)]
+    return Jagged(torch.where(chosen, drawn, sequences.values), sequences.offsets)
 
 
 Objective = Callable[[SequenceModel, SequenceModel, TaughtBatch], Tensor]

@@ -43,7 +43,10 @@ _TABLES = {"kept": "kept", "projected": "projected onto its principal axes", "re
 class StudentConfig(Technique):
     """Shape of the student, its item table, its losses and its training.
 
-    The loss is ``reconstruction MSE(x0_hat, teacher's) + ranking (KL or listwise) + hard CE``.
+    The loss is ``reconstruction MSE(x0_hat, teacher's) + ranking (KL or listwise) + hard CE``. By default the student
+    only matches its teacher, on histories altered at random, without dropout and for many epochs (function matching,
+    Beyer et al., arXiv 2106.05237): taught on the users' own histories it fits those within a few epochs and then
+    drifts from the teacher on others.
     """
 
     technique: Literal["student"] = "student"
@@ -53,9 +56,9 @@ class StudentConfig(Technique):
     heads: int | None = Field(None, ge=1, description="null: the teacher's")
     positions: Positions | None = Field(None, description="null: the teacher's")
     dropout: float | None = Field(
-        0.1, ge=0.0, lt=1.0, description="the teacher's answers regularise, so less than it had; null: the teacher's"
+        0.0, ge=0.0, lt=1.0, description="altered histories regularise instead; null: the teacher's"
     )
-    embedding_dropout: float | None = Field(0.3, ge=0.0, lt=1.0, description="likewise")
+    embedding_dropout: float | None = Field(0.0, ge=0.0, lt=1.0, description="likewise")
     table: Literal["kept", "projected", "relearned"] = Field(
         "kept", description="projected: onto its principal axes, for a narrower student; relearned: from random rows"
     )
@@ -70,7 +73,7 @@ class StudentConfig(Technique):
     ranking_loss: Literal["divergence", "listwise"] = "divergence"
     temperature: float = Field(1.0, gt=0.0, description="of the divergence")
     places: int = Field(20, ge=1, description="first places that the listwise loss orders")
-    hard: float = Field(1.0, ge=0.0, description="weight of the cross-entropy with the real next item")
+    hard: float = Field(0.0, ge=0.0, description="weight of the cross-entropy with the real next item")
     catalogue_sample: int | None = Field(
         4096, ge=1, description="items, besides a batch's targets, that rankings are compared on; null: all"
     )
@@ -79,10 +82,13 @@ class StudentConfig(Technique):
         "auto", description="stored: once, tokens x D x 4 bytes; computed: for every batch; auto: stored up to 2 GiB"
     )
     left_out: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of a history's items that a batch leaves out; answers are computed then"
+        0.2, ge=0.0, lt=1.0, description="share of a history's items that a batch leaves out; answers are computed then"
+    )
+    replaced: float = Field(
+        0.2, ge=0.0, lt=1.0, description="share of those that stay which give way to items of random interactions"
     )
     batch_size: int = Field(128, ge=1, description="users a step")
-    optimiser: OptimiserConfig = OptimiserConfig()
+    optimiser: OptimiserConfig = OptimiserConfig(epochs=60, cosine_epochs=60, validate_every=3, patience=20)
 
     @model_validator(mode="after")
     def _consistent(self) -> StudentConfig:
@@ -90,8 +96,16 @@ class StudentConfig(Technique):
             raise ValueError("reconstruction, ranking and hard are all 0; give one of them a weight above 0")
         if self.width is not None and self.width % 2:
             raise ValueError(f"width is {self.width}; allowed: even numbers from 2 on")
-        if self.left_out and self.answers == "stored":
-            raise ValueError(f"left_out is {self.left_out}, but answers are stored; set answers to auto or computed")
+        if self.answers == "stored" and (self.left_out or self.replaced):
+            raise ValueError(
+                f"answers are stored, but left_out is {self.left_out} and replaced is {self.replaced}: such histories"
+                " are new in every batch; set answers to auto or computed, or both to 0"
+            )
+        if self.hard and self.replaced:
+            raise ValueError(
+                f"hard is {self.hard}, but replaced is {self.replaced}: what comes next in such a history is"
+                " no user's choice; set one of them to 0"
+            )
         if self.table == "relearned" and self.frozen_epochs is not None:
             raise ValueError("frozen_epochs is set, but a relearned table must change; leave it out")
         return self
@@ -120,7 +134,8 @@ def apply(draft: Draft, config: StudentConfig) -> Receipt:
         plan = sampling_table(teacher.betas, ServingConfig(sampler="ddim", times=tuple(times), start="zero"))
     stored = {"auto": None, "stored": True, "computed": False}[config.answers]
     sequences, longest = dataset.training_sequences(), teacher.config.max_length
-    lessons = Lessons(sequences, longest, teacher, plan, draft.seed, stored=stored, left_out=config.left_out)
+    altered = {"left_out": config.left_out, "replaced": config.replaced}
+    lessons = Lessons(sequences, longest, teacher, plan, draft.seed, stored=stored, **altered)
     where = "computed for every batch" if lessons.answers is None else "stored"
     prefixes = lessons.prefixes.values.numel()
     draft.report(f"student: {prefixes:,} answers of the teacher, {lessons.bytes / 2**20:.1f} MiB, {where}")

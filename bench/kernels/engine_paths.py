@@ -35,7 +35,11 @@ PATHS = (
 )
 GIVEN, DRAWN = "given", "drawn"
 # No graphs of the compiler's own: it makes none of a step that writes to its cache, and `-graph` captures all steps.
-COMPILE_OPTIONS: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+# On a CPU tuning chooses the library's products after minutes of trying: one set of shapes for every group of lengths.
+COMPILE_OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {"mode": "max-autotune-no-cudagraphs", "dynamic": False},
+    "cpu": {"dynamic": False},
+}
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,12 @@ class CompiledCachedEngine(CachedEngine):
         # Compiling changes a module in place; the item table, by far the largest part, stays shared.
         table = model.table
         super().__init__(copy.deepcopy(model, {id(table): table}))
-        self.model.encoder.compile(**COMPILE_OPTIONS)
-        self._step = torch.compile(PrefixCache.step, **COMPILE_OPTIONS)
+        options = COMPILE_OPTIONS[self.device.type]
+        self.model.encoder.compile(**options)
+        self._step = torch.compile(PrefixCache.step, **options)
         # Unwrapped, because the compiler cannot slice a parameter in inference mode.
         score = partial(inspect.unwrap(CachedEngine.top_k), self)
-        self.top_k = torch.compile(score, **COMPILE_OPTIONS)  # type: ignore[method-assign]
+        self.top_k = torch.compile(score, **options)  # type: ignore[method-assign]
 
     def encode(self, histories: Jagged) -> CachedState:
         state = super().encode(histories)

@@ -157,7 +157,7 @@ def test_engines_are_measured_against_the_first(timer: Timer) -> None:
 
 
 def test_the_compiled_engine_recommends_what_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_paths, "COMPILE_OPTIONS", {"backend": "aot_eager", "dynamic": False})
+    monkeypatch.setitem(engine_paths.COMPILE_OPTIONS, "cpu", {"backend": "aot_eager", "dynamic": False})
     torch.compiler.reset()
     model = random_model(40, 16, 4, CPU)
     request = engine_paths.Request(random_histories(3, 40), steps=3, k=7)

@@ -21,13 +21,15 @@ from adrec.models import ADRec, SASRec, build_model
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.respacing import sampling_table
 from compress.api import compress_
-from compress.distillation import Lessons, TaughtBatch, fit, thinned
+from compress.distillation import Lessons, TaughtBatch, fit, thinned, with_replacements
 from compress.every_prefix import represent_prefixes
 from compress.item_table import ItemTableConfig
 from compress.student import StudentConfig, apply, initial_student, principal_axes, student_config, taught_loss
 from compress.technique import CompressionError, Draft
 
 ONE_STEP = ServingConfig(sampler="ddim", times=(7,), start="zero")
+HARD = {"hard": 1.0, "replaced": 0.0}
+OWN = {"left_out": 0.0, "replaced": 0.0}
 TINY = {"max_length": 12, "timesteps": 8, "schedule": "sqrt", "dropout": 0.0, "embedding_dropout": 0.1}
 
 
@@ -40,7 +42,7 @@ def teacher(tiny_model: Any, tiny_dataset: Dataset) -> SequenceModel:
     lessons = Lessons(tiny_dataset.training_sequences(), 12)
 
     def hard(student: SequenceModel, average: SequenceModel, batch: TaughtBatch) -> torch.Tensor:
-        return taught_loss(student.table, None, StudentConfig(reconstruction=0.0, ranking=0.0))(
+        return taught_loss(student.table, None, StudentConfig(reconstruction=0.0, ranking=0.0, **HARD))(
             student, average, TaughtBatch(batch.tokens, torch.zeros(0))
         )
 
@@ -60,8 +62,9 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 SHAPES = [
     {"encoder_blocks": 2, "denoiser_blocks": 0},
     {"encoder_blocks": 1, "denoiser_blocks": 1},
-    {"encoder_blocks": 1, "denoiser_blocks": 0, "initial_blocks": "random"},
+    {"encoder_blocks": 1, "denoiser_blocks": 0, "initial_blocks": "random", **OWN},
     {"encoder_blocks": 1, "denoiser_blocks": 0, "heads": 4, "answers": "computed", "left_out": 0.1},
+    {"encoder_blocks": 2, "denoiser_blocks": 0, "hard": 0.1, "replaced": 0.0},
 ]
 
 
@@ -69,7 +72,7 @@ SHAPES = [
 def test_a_student_comes_near_its_teacher(shape: dict[str, Any], teacher: SequenceModel, tiny_dataset: Dataset) -> None:
     draft = draft_of(teacher, tiny_dataset)
     light = {"dropout": None, "embedding_dropout": None, "batch_size": 16, "optimiser": short(8)}
-    config = StudentConfig(**shape, hard=0.1, **light)
+    config = StudentConfig(**shape, **light)
     before = weights(draft.teacher)
     untrained = initial_student(teacher, student_config(teacher.config, config), config, None, 0).eval()
     goal = answers(teacher, tiny_dataset)
@@ -115,8 +118,9 @@ def test_the_same_seed_gives_the_same_bits(teacher: SequenceModel, tiny_dataset:
     first = train(1)
     assert same(first, train(1))
     assert not same(first, train(2))
-    thin = {"left_out": 0.2}
-    assert same(train(1, **thin), train(1, **thin))
+    assert same(train(1, **OWN), train(1, **OWN))
+    assert not same(first, train(1, left_out=0.0))
+    assert not same(first, train(1, replaced=0.0))
 
 
 @pytest.mark.parametrize("ranking_loss", ["divergence", "listwise"])
@@ -202,7 +206,9 @@ def test_loss_of_one_batch_by_hand(tiny_model: Any) -> None:
     theirs, ours = (taught.answers @ table[1:].T / 2).softmax(-1), (rows @ student.table[1:].T / 2).log_softmax(-1)
     divergence = 4 * (theirs * (theirs.log() - ours)).sum(-1).mean()
     hard = torch.nn.functional.cross_entropy(rows @ student.table.T, tokens.targets)
-    config = StudentConfig(reconstruction=0.3, ranking=0.7, hard=1.9, temperature=2.0, catalogue_sample=None)
+    config = StudentConfig(
+        reconstruction=0.3, ranking=0.7, hard=1.9, replaced=0.0, temperature=2.0, catalogue_sample=None
+    )
     found = taught_loss(table, None, config)(student, student, taught)
     torch.testing.assert_close(found, 0.3 * error + 0.7 * divergence + 1.9 * hard)
 
@@ -224,6 +230,33 @@ def test_thinning_keeps_order_and_windows() -> None:
         starts.add(int(thin[0][0]))
     assert min(starts) < 15
     assert max(starts) > 40
+
+
+def test_replacing_draws_from_the_interactions() -> None:
+    sequences = Jagged.from_lists([range(1, 1001), range(1001, 1004), range(2000, 3000)])
+    pool = torch.tensor([5000, 5001, 5001, 5001])
+    generator = torch.Generator().manual_seed(0)
+    found = with_replacements(sequences, pool, 0.25, generator)
+    assert torch.equal(found.offsets, sequences.offsets)
+    drawn = found.values >= 5000
+    assert torch.equal(found.values[~drawn], sequences.values[~drawn])
+    assert float(drawn.double().mean()) == pytest.approx(0.25, abs=0.03)
+    # As often as each occurs in the pool.
+    assert float((found.values[drawn] == 5001).double().mean()) == pytest.approx(0.75, abs=0.06)
+    assert torch.equal(with_replacements(sequences, pool, 0.0, generator).values, sequences.values)
+
+
+def test_altered_histories_differ_by_epoch_and_are_answered(teacher: SequenceModel, tiny_dataset: Dataset) -> None:
+    table = sampling_table(teacher.betas, ONE_STEP)
+    lessons = Lessons(tiny_dataset.training_sequences(), 12, teacher, table, left_out=0.2, replaced=0.3)
+    assert lessons.answers is None
+    users = torch.tensor([7, 3, 11])
+    first, again, later = lessons.batch(users, 0), lessons.batch(users, 0), lessons.batch(users, 1)
+    assert torch.equal(first.tokens.inputs, again.tokens.inputs)
+    assert not torch.equal(first.tokens.inputs, later.tokens.inputs)
+    with torch.no_grad():
+        expected = represent_prefixes(teacher, first.tokens, table, _Zeros())
+    torch.testing.assert_close(first.answers, expected, atol=2e-5, rtol=1e-5)
 
 
 def test_stored_answers_are_those_of_an_engine(teacher: SequenceModel, tiny_dataset: Dataset) -> None:
@@ -264,7 +297,9 @@ class _Zeros:
         ({"reconstruction": 0, "ranking": 0, "hard": 0}, "are all 0; give one of them a weight above 0"),
         ({"width": 7}, "width is 7; allowed: even numbers"),
         ({"table": "relearned", "frozen_epochs": 1}, "a relearned table must change"),
-        ({"left_out": 0.1, "answers": "stored"}, "answers are stored; set answers to auto or computed"),
+        ({"answers": "stored"}, "answers are stored, but left_out is 0.2 and replaced is 0.2"),
+        ({"left_out": 0.1, "replaced": 0.0, "answers": "stored"}, "set answers to auto or computed, or both to 0"),
+        ({"hard": 0.5}, "hard is 0.5, but replaced is 0.2"),
         ({"temperature": 0.0}, "greater than 0"),
         ({"hard": -1.0}, "greater than or equal to 0"),
         ({"encoder_blocks": 0}, "greater than or equal to 1"),
