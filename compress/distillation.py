@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
@@ -188,26 +188,26 @@ class DistillationModule(StageModule):
         return [self.objective(self.model, self.kept_model, batch)]
 
 
-class _Best(Callback):
-    """Keeps the weights with the best validation NDCG@20; those before training count too."""
+class _Kept(Callback):
+    """Keeps the weights with the best validation NDCG@20, those before training among them; or the last ones."""
 
-    def __init__(self, model: SequenceModel, reached: float, report: Callable[[str], None]) -> None:
-        self.reached, self.report, self.epoch = reached, report, 0
+    def __init__(self, model: SequenceModel, reached: float, last: bool, report: Callable[[str], None]) -> None:
+        self.reached, self.last, self.report, self.epoch = reached, last, report, 0
         self.weights = copy.deepcopy(model.state_dict())
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, StageModule)
         found = float(trainer.callback_metrics[MONITOR])
         self.report(f"epoch {trainer.current_epoch + 1}: validation {METRIC} {found:.3f} %")
-        if found > self.reached:
+        if self.last or found > self.reached:
             self.reached, self.epoch = found, trainer.current_epoch + 1
             self.weights = copy.deepcopy(module.kept_model.state_dict())
 
 
 class Fitted(NamedTuple):
-    """What training reached. reached, before: validation NDCG@20 in percent, of the best weights and before training.
+    """What training reached. reached, before: validation NDCG@20 in percent, of the kept weights and before training.
 
-    epoch: in which the best weights were found, 0 for those before training. epochs: trained in all.
+    epoch: in which the kept weights were found, 0 for those before training. epochs: trained in all.
     """
 
     reached: float
@@ -228,12 +228,14 @@ def fit(
     stage: str,
     frozen_epochs: int = 0,
     steps: Steps = 1,
+    keep: Literal["best", "last"] = "best",
     report: Callable[[str], None] = lambda line: None,
 ) -> Fitted:
-    """Train a student until validation NDCG@20 stops rising and leave its best weights in it, in eval mode.
+    """Train a student and leave the kept weights in it, in eval mode.
 
-    frozen_epochs: epochs in which the item table stays as it is. steps: how validation samples a
-    student with diffusion. Bit-reproducible on a CPU for a given seed and number of threads. Raises CompressionError
+    keep: the best weights by validation NDCG@20, and stop when it no longer rises; or the last that were validated.
+    frozen_epochs: epochs in which the item table stays as it is. steps: how validation samples a student with
+    diffusion. Bit-reproducible on a CPU for a given seed and number of threads. Raises CompressionError
     where there is nothing to train or validate on, RunError when the loss stops being a number.
     """
     if not UserRows(lessons.sequences).rows.numel() or not len(dataset.examples("validation")):
@@ -253,8 +255,11 @@ def fit(
         frozen_epochs=frozen_epochs,
         validation_steps=steps,
     )
-    best = _Best(student, before, report)
-    stopping = EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False)
+    kept = _Kept(student, before, keep == "last", report)
+    callbacks: list[Callback] = [kept]
+    if keep == "best":
+        patience = optimiser.patience
+        callbacks.append(EarlyStopping(MONITOR, mode="max", patience=patience, check_on_train_epoch_end=False))
     with quiet_lightning():
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -262,7 +267,7 @@ def fit(
             max_epochs=optimiser.epochs,
             check_val_every_n_epoch=min(optimiser.validate_every, optimiser.epochs),
             num_sanity_val_steps=0,
-            callbacks=[best, stopping],
+            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -271,10 +276,10 @@ def fit(
             reload_dataloaders_every_n_epochs=1,
         )
         trainer.fit(module)
-    student.load_state_dict(best.weights)
+    student.load_state_dict(kept.weights)
     student.eval()
     student.zero_grad()
-    return Fitted(best.reached, before, best.epoch, trainer.current_epoch)
+    return Fitted(kept.reached, before, kept.epoch, trainer.current_epoch)
 
 
 def _validated(student: SequenceModel, dataset: Dataset, steps: Steps) -> float:

@@ -87,8 +87,11 @@ class StudentConfig(Technique):
     replaced: float = Field(
         0.2, ge=0.0, lt=1.0, description="share of those that stay which give way to items of random interactions"
     )
+    weights: Literal["last", "best"] = Field(
+        "last", description="best: by validation NDCG@20, stopping when it no longer rises, as overfitting asks for"
+    )
     batch_size: int = Field(128, ge=1, description="users a step")
-    optimiser: OptimiserConfig = OptimiserConfig(epochs=60, cosine_epochs=60, validate_every=3, patience=20)
+    optimiser: OptimiserConfig = OptimiserConfig(epochs=60, cosine_epochs=60, validate_every=3)
 
     @model_validator(mode="after")
     def _consistent(self) -> StudentConfig:
@@ -152,6 +155,7 @@ def apply(draft: Draft, config: StudentConfig) -> Receipt:
         stage=config.technique,
         frozen_epochs=frozen,
         steps=serving,
+        keep=config.weights,
         report=lambda line: draft.report(f"student: {line}"),
     )
     receipt = Receipt(
@@ -161,7 +165,7 @@ def apply(draft: Draft, config: StudentConfig) -> Receipt:
                 what="network",
                 before=_describe(teacher.config),
                 after=_describe(shape),
-                detail={"epochs": fitted.epochs, "best_epoch": fitted.epoch, "validation_ndcg_20": fitted.reached},
+                detail={"epochs": fitted.epochs, "kept_epoch": fitted.epoch, "validation_ndcg_20": fitted.reached},
             ),
             Change(what="item table", before="the run's", after=_TABLES[config.table] + _tuned(frozen)),
         ),

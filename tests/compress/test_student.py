@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from adrec.data.dataset import Dataset
 from adrec.data.jagged import Jagged
 from adrec.engines import CachedEngine
 from adrec.errors import RunError
+from adrec.evaluation import evaluate
 from adrec.models import ADRec, SASRec, build_model
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.respacing import sampling_table
@@ -230,6 +231,37 @@ def test_thinning_keeps_order_and_windows() -> None:
         starts.add(int(thin[0][0]))
     assert min(starts) < 15
     assert max(starts) > 40
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_which_weights_are_kept(keep: Literal["best", "last"], teacher: SequenceModel, tiny_dataset: Dataset) -> None:
+    student, lines = copy.deepcopy(teacher), []
+    lessons = Lessons(tiny_dataset.training_sequences(), 12)
+
+    def spoil(model: SequenceModel, average: SequenceModel, batch: TaughtBatch) -> torch.Tensor:
+        return model.table.square().mean()
+
+    fitted = fit(
+        student,
+        tiny_dataset,
+        lessons,
+        spoil,
+        seed=0,
+        batch_size=16,
+        optimiser=short(4, learning_rate=0.1, validate_every=1, patience=1),
+        stage="spoilt",
+        keep=keep,
+        report=lines.append,
+    )
+    found = evaluate(CachedEngine(student), tiny_dataset.examples("validation"), steps=1, bootstrap=1)
+    assert fitted.reached == pytest.approx(found.metrics["NDCG@20"].value)
+    if keep == "best":
+        assert (fitted.epoch, fitted.reached) == (0, fitted.before)
+        assert fitted.epochs < 4
+        assert same(weights(student), weights(teacher))
+    else:
+        assert (fitted.epoch, fitted.epochs, len(lines)) == (4, 4, 4)
+        assert fitted.reached < fitted.before
 
 
 def test_replacing_draws_from_the_interactions() -> None:
