@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ _MULTIPLIER_A = 0xD2511F53
 _MULTIPLIER_B = 0xCD9E8D57
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
+_MULTIPLIERS = np.array([[_MULTIPLIER_B], [_MULTIPLIER_A]], dtype=np.uint64)
 _ROUNDS = 10
 _UNIFORM_SCALE = 4.6566127342e-10
 # Elements worked on at a time: the work arrays of a chunk then stay in a core's second-level cache.
@@ -90,26 +92,30 @@ def _round_keys(seed: int) -> Iterator[tuple[int, int]]:
         yield (seed + index * _WEYL_0) & _MASK, ((seed >> 32) + index * _WEYL_1) & _MASK
 
 
+@lru_cache(maxsize=64)
+def _key_columns(seed: int) -> tuple[NDArray[np.uint64], ...]:
+    """The keys of each round, second word first, `[2, 1]`."""
+    return tuple(np.array([[k1], [k0]], dtype=np.uint64) for k0, k1 in _round_keys(seed))
+
+
 def _philox_in_place(seed: int, offset: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """The same rounds in numpy, whose unsigned shifts need no mask and whose operations reuse their arrays.
 
-    Twice as fast as torch's on one core, where the noise of 32 steps is a fifth of the work of a batch.
+    Twice as fast as torch's on one core, where the noise of 32 steps is a fifth of the work of a batch. Words 2 and 0
+    are rows of one array, as are 3 and 1: half the calls, which are what the noise of a single user costs.
     """
     mask, half = np.uint64(_MASK), np.uint64(32)
-    c0, c1 = offset & mask, offset >> half
-    c2, c3, product_a, product_b = (np.zeros_like(c0) for _ in range(4))
-    for k0, k1 in _round_keys(seed):
-        np.multiply(c2, np.uint64(_MULTIPLIER_B), out=product_b)
-        np.multiply(c0, np.uint64(_MULTIPLIER_A), out=product_a)
-        np.right_shift(product_b, half, out=c0)
-        np.right_shift(product_a, half, out=c2)
-        c0 ^= c1
-        c0 ^= np.uint64(k0)
-        c2 ^= c3
-        c2 ^= np.uint64(k1)
-        np.bitwise_and(product_b, mask, out=c1)
-        np.bitwise_and(product_a, mask, out=c3)
-    return c0, c1
+    even = np.stack([np.zeros_like(offset), offset & mask])
+    odd = np.stack([np.zeros_like(offset), offset >> half])
+    product = np.empty_like(even)
+    for keys in _key_columns(seed):
+        np.multiply(even, _MULTIPLIERS, out=product)
+        # The product of word 2 gives the new words 0 and 1, that of word 0 the new words 2 and 3.
+        np.right_shift(product[::-1], half, out=even)
+        even ^= odd
+        even ^= keys
+        np.bitwise_and(product[::-1], mask, out=odd)
+    return even[1], odd[1]
 
 
 def randn(seed: int, offset: Tensor) -> Tensor:
