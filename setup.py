@@ -12,12 +12,17 @@ TRITON = "triton>=3.6,<4; platform_system == 'Linux'"
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 TORCHAO = "torchao>=0.18"
 FAISS = "faiss-cpu>=1.9"
-POLYGRAPHY = "polygraphy>=0.49"
+POLYGRAPHY = "polygraphy>=0.53"
 EXTRAS = {
     "onnx": ONNX,
     "quantize": [TORCHAO],
     "faiss": [FAISS],
-    "modelopt": [*ONNX, "nvidia-modelopt>=0.47"],
+    "modelopt": [
+        *ONNX,
+        "nvidia-modelopt>=0.47",
+        # What it needs of its extra "onnx", which allows onnx 1.21 only.
+        *("lief", "onnx-graphsurgeon>=0.6.1", "onnxconverter-common>=1.16", "onnxslim>=0.1.76"),
+    ],
     "polygraphy": [POLYGRAPHY],
     # Its wheels bring libraries for CUDA 13 from NVIDIA's own index.
     "tensorrt": [*ONNX, "tensorrt>=10.12; platform_system == 'Linux'"],
@@ -86,6 +91,7 @@ setup(
         "adrec.exporters": [
             "aotinductor = compress.export.aotinductor:export_for_engine",
             "onnx = compress.export.onnx_export:export_for_engine",
+            "tensorrt = compress.export.tensorrt.build:export_for_engine",
         ],
     },
     classifiers=[

@@ -136,8 +136,10 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
             f"{path}: not a finished run ({RUN_FILE} is missing); train one with `adrec train DATA --out {path}`,"
             " or continue an interrupted one with --resume"
         )
-    info = _parse(RunInfo, _read(path / RUN_FILE, _json), path / RUN_FILE)
-    settings = _parse(RunConfig, _read(path / CONFIG, load_yaml), path / CONFIG)
+    content = _read(path / RUN_FILE, _json)
+    writer = content.get("tool_version") if isinstance(content, dict) else None
+    info = _parse(RunInfo, content, path / RUN_FILE, writer)
+    settings = _parse(RunConfig, _read(path / CONFIG, load_yaml), path / CONFIG, writer)
     state = _read(path / WEIGHTS, lambda file: load_file(file, device=device))
     items = _read(path / ITEMS, pq.read_table)
     if not {"raw", "count"} <= set(items.column_names):
@@ -150,7 +152,9 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         _check_dtypes(model.state_dict(), state)
         model.load_state_dict(state)
     except (ConfigError, RuntimeError) as error:
-        raise RunError(f"{path}: {CONFIG} does not describe the weights: {error}") from None
+        raise RunError(
+            f"{path}: {CONFIG} does not describe the weights: {error}. Restore both files from one copy of the run"
+        ) from None
     if items.num_rows != settings.model.items:
         raise RunError(f"{path / ITEMS}: {items.num_rows} items, but the model has {settings.model.items}")
     if _read(path / CONFIG, _sha256) != info.config_sha256:
@@ -176,7 +180,9 @@ def _read(file: Path, reader: Callable[[Path], Content]) -> Content:
     try:
         return reader(file)
     except (ConfigError, OSError, ValueError, SafetensorError, pa.ArrowException) as error:
-        raise RunError(f"{file}: the run cannot be read: {error}") from None
+        raise RunError(
+            f"{file}: the run cannot be read: {error}. Restore {file.name} from a copy, or train the run again"
+        ) from None
 
 
 def _sha256(file: Path) -> str:
@@ -187,9 +193,13 @@ def _json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _parse(kind: type[Settings], values: Any, file: Path) -> Settings:
-    """Validate the contents of a run's file; raises RunError naming the file."""
+def _parse(kind: type[Settings], values: Any, file: Path, writer: Any) -> Settings:
+    """Validate the contents of a run's file; raises RunError naming the file and what to do. writer: its adrec."""
     try:
         return parse(kind, values, str(file))
     except ConfigError as error:
-        raise RunError(str(error)) from None
+        other = f"adrec {writer}, which wrote the run" if isinstance(writer, str) else "the adrec that wrote the run"
+        raise RunError(
+            f"{error}. This is adrec {tool_version()}: read the run with {other}, restore {file.name} from a copy, or"
+            " train the run again"
+        ) from None

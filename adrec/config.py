@@ -6,10 +6,11 @@ The defaults are the paper's where they say nothing else. Those that differ were
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,7 +20,7 @@ from adrec.schedule import ScheduleName, diffusion_table, named_betas
 
 Positions = Literal["none", "learned", "released"]
 Sampler = Literal["ddpm", "ddim", "dpm++2m"]
-LayerFormatName = Literal["int8", "int8-dynamic", "int4", "fp8", "bf16"]
+LayerFormatName = Literal["int8", "int8-dynamic", "int4", "fp8", "fp8-dynamic", "bf16"]
 TableFormatName = Literal["int8", "int4", "fp8", "bf16"]
 
 
@@ -182,8 +183,10 @@ class LayerFormat(StrictModel):
     """How a linear layer is stored, and what it computes with.
 
     int8: a scale for each output. int8-dynamic: the same weights, and inputs rounded to int8 row by row, so that the
-    product is one of integers. int4: a scale for each group of inputs. fp8: e4m3 with a scale for each output. All but
-    int8-dynamic multiply by the numbers that the stored ones stand for, in ``compute``.
+    product is one of integers. int4: a scale for each group of inputs. fp8: e4m3 with a scale for each output.
+    fp8-dynamic: the same weights, and inputs rounded to e4m3 row by row, so that the product is one of fp8 on a GPU
+    that has it (compute capability 8.9 or newer); a CPU multiplies the rounded numbers in float32, which saves no time.
+    All but the dynamic ones multiply by the numbers that the stored ones stand for, in ``compute``.
     """
 
     format: LayerFormatName
@@ -195,8 +198,9 @@ class LayerFormat(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> LayerFormat:
         _check_group(self.format, self.group_size)
-        if self.format == "int8-dynamic" and self.compute != "float32":
-            raise ValueError(f"compute is {self.compute}, but int8-dynamic computes with integers; leave it out")
+        if self.format.endswith("-dynamic") and self.compute != "float32":
+            numbers = "integers" if self.format == "int8-dynamic" else "fp8"
+            raise ValueError(f"compute is {self.compute}, but {self.format} computes with {numbers}; leave it out")
         return self
 
 
@@ -267,7 +271,7 @@ def parse(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(kind, issue)}" for issue in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {each}" for each in explanations(kind, error))) from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -276,28 +280,66 @@ def load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if values is None:
+        raise ConfigError(f"{path}: is empty; expected settings, `key: value` lines")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {type(values).__name__}; expected a mapping of settings")
     return values
 
 
-def _explain(kind: type[BaseModel], issue: Any) -> str:
-    location = issue["loc"]
-    key = ".".join(str(part) for part in location) or "settings"
+def explanations(kind: type[BaseModel], error: ValidationError) -> list[str]:
+    """What is wrong, one sentence a key: the key, its value and what is allowed."""
+    found: dict[tuple[str, ...], list[Any]] = {}
+    owners: dict[tuple[str, ...], Any] = {}
+    for issue in error.errors():
+        path, owner = _place(kind, issue["loc"])
+        found.setdefault(path, []).append(issue)
+        owners[path] = owner
+    # Of a value that may be one of several kinds, what is wrong inside of one kind says more.
+    inner = [path for path in found if not any(path == other[: len(path)] != other for other in found)]
+    return [_explain(".".join(path), owners[path], found[path]) for path in inner]
+
+
+def _place(kind: Any, location: Sequence[int | str]) -> tuple[tuple[str, ...], Any]:
+    """The names of a place and the settings it is in, without the names that pydantic gives to kinds of a union."""
+    path: list[str] = []
+    options, owner = [kind], kind
+    for part in location:
+        if len(options) > 1:
+            options = [option for option in options if getattr(option, "__name__", None) == part]
+            continue
+        owner = options[0] if options else None
+        path.append(str(part))
+        if isinstance(owner, type) and issubclass(owner, BaseModel):
+            field = owner.model_fields.get(str(part))
+            options = [] if field is None else _kinds(field.annotation)
+        else:
+            options = [each for each in get_args(owner)[-1:] for each in _kinds(each)] if get_origin(owner) else []
+    return tuple(path), owner
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that an annotation allows, None left out."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for option in get_args(annotation) for kind in _kinds(option) if kind is not type(None)]
+    return [annotation]
+
+
+def _explain(key: str, owner: Any, issues: Sequence[Any]) -> str:
+    issue = issues[0]
+    key = key or "settings"
     if issue["type"] == "extra_forbidden":
-        owner: Any = kind
-        for part in location[:-1]:
-            annotation = owner.model_fields[part].annotation
-            owner = next(
-                (option for option in getattr(annotation, "__args__", ()) if isinstance(option, type)), annotation
-            )
         allowed = list(owner.model_fields)
-        return f"unknown key '{key}'{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
-    reason = issue["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if issue["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        return f"{key} is {issue['input']!r}; expected a section of settings (key: value lines)"
+        return f"unknown key '{key}'{nearest(key.split('.')[-1], allowed)}; allowed: {', '.join(allowed)}"
     if issue["type"] == "missing":
         return f"{key} is missing"
+    sections = ("model_type", "model_attributes_type", "dict_type")
+    reasons = [each["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for each in issues]
+    if issue["type"] in sections:
+        others = "".join(f", or {reason}" for each, reason in zip(issues, reasons, strict=True) if each is not issue)
+        return f"{key} is {issue['input']!r}; expected a section of settings (key: value lines){others}"
     # A whole section at odds with itself is not repeated: the reason names its values.
     value = key if isinstance(issue["input"], dict) else f"{key} is {issue['input']!r}"
-    return f"{value}; {'' if issue['type'] == 'value_error' else 'allowed: '}{reason}"
+    return f"{value}; {'' if issue['type'] == 'value_error' else 'allowed: '}{' or '.join(dict.fromkeys(reasons))}"

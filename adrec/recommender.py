@@ -54,14 +54,18 @@ class Recommender:
         self.run, self.engine = run, engine
 
     @classmethod
-    def load(cls, run: str | Path, engine: str = "cached", device: str = "cpu") -> Recommender:
+    def load(
+        cls, run: str | Path, engine: str = "cached", device: str = "cpu", exported: str | Path | None = None
+    ) -> Recommender:
         """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine or device.
 
-        Raises NotSupportedError where the engine cannot sample as the run's settings say.
+        exported: folder of `adrec export RUN`, for engines that read one; without it they make what they need. Raises
+        NotSupportedError where the engine cannot run here or cannot sample as the run's settings say.
         """
         check_device(device)
         loaded = load_run(run, device)
-        recommender = cls(loaded, make_engine(engine, loaded.model))
+        made = make_engine(engine, loaded.model, None if exported is None else Path(exported))
+        recommender = cls(loaded, made)
         recommender.engine.table(loaded.settings.serving or 1)
         return recommender
 

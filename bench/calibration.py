@@ -185,7 +185,7 @@ def load_now() -> float | None:
 
 def read_calibration(path: Path) -> CalibrationRecord:
     """Read the last calibration of a file."""
-    records = read_json_lines(path, CalibrationRecord.model_validate, "adrec bench calibrate")
+    records = read_json_lines(path, CalibrationRecord.model_validate, "adrec bench calibrate", ("calibration",))
     if not records:
         raise DataError(f"{path}: holds no calibration; `adrec bench calibrate --out {path.name}` writes one")
     return records[-1]

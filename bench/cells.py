@@ -22,6 +22,7 @@ from bench.timing import (
     describe_error,
     measure_interleaved,
     paired_ratio,
+    percentiles_ms,
     quantiles_ms,
 )
 
@@ -104,6 +105,7 @@ class GroupTimer:
             latency_ms_p50=p50,
             latency_ms_p95=p95,
             latency_ms_p99=p99,
+            latency_ms_percentiles=percentiles_ms(own.samples_ms),
             round_medians_ms=[round(float(each), 6) for each in own.medians_ms],
             calls=len(own.samples_ms),
             rounds=len(own.rounds_ms),

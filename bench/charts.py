@@ -1,77 +1,44 @@
-"""The plots of a report as data, which `bench.plotly_figures` and `bench.pictures` draw."""
+"""The plots of a study of trade-off records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+from bench.chart import BASELINE_STYLE, FRONT_STYLE, POPULARITY_STYLE, Chart, Line, roof_line
 from bench.pareto import pareto_front
-from bench.recommendation import METRIC, batch_sizes, counted, points_of, rows_of_batch
-from bench.record import BASELINE_MODEL, POPULARITY, TradeoffRecord
+from bench.recommendation import METRIC, batch_sizes, points_of, rows_of_batch
+from bench.record import BASELINE_MODEL, POPULARITY, RequestRoof, TimingSummary, TradeoffRecord
+from bench.series import details_of, few_and_exact, first_seed, series_of
 
-BASELINE_STYLE, POPULARITY_STYLE, FRONT_STYLE = 4, 5, 6
-
-
-@dataclass(frozen=True)
-class Line:
-    """One series: equal-long ``x``, ``y``, optional interval ends and labels.
-
-    ``style`` picks colour, marker and dash; ``dash`` overrides the dash. ``level`` draws a horizontal line at
-    ``y[0]`` over the width of the chart.
-    """
-
-    name: str
-    x: list[float]
-    y: list[float]
-    style: int
-    low: list[float] | None = None
-    high: list[float] | None = None
-    labels: list[str] = field(default_factory=list)
-    markers: bool = True
-    connected: bool = True
-    level: bool = False
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One plot; ``note`` is a sentence below it."""
-
-    key: str
-    title: str
-    note: str
-    x_title: str
-    y_title: str
-    lines: list[Line]
-    x_log: bool = True
-    y_log: bool = False
-    x_ticks: list[float] | None = None
+PERCENTILE_TICKS = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 
 
 def charts_of(records: Sequence[TradeoffRecord], size: int) -> list[Chart]:
-    """Return the four charts of one study; the first two are for batch size ``size``."""
+    """Return the six charts of one study; all but accuracy against steps and throughput are for batch size ``size``."""
     rows = rows_of_batch(records, size)
     return [
         accuracy_against_latency(records, rows, size),
         latency_against_steps(rows, size),
         accuracy_against_steps(records),
         throughput_against_batch(records),
+        latency_percentiles([row for row in records if row.batch_size_users == size and row.timing], size),
+        roofline([row for row in records if row.batch_size_users == size], size),
     ]
 
 
 def accuracy_against_latency(records: Sequence[TradeoffRecord], rows: Sequence[TradeoffRecord], size: int) -> Chart:
     """NDCG@20 against median latency, one line an engine, with the Pareto line over everything measured."""
     lines = []
-    first = _first_seed(rows)
-    for name, style, members in _series(first):
+    first = first_seed(rows)
+    for series in series_of(first):
         lines.append(
-            Line(
-                name=name,
-                x=[each.timing.latency_ms_p50 for each in members if each.timing],
-                y=_metric(members, "value"),
-                low=_metric(members, "low"),
-                high=_metric(members, "high"),
-                labels=["" if each.steps is None else str(each.steps) for each in members],
-                style=style,
+            series.line(
+                x=[each.timing.latency_ms_p50 for each in series.rows if each.timing],
+                y=_metric(series.rows, "value"),
+                low=_metric(series.rows, "low"),
+                high=_metric(series.rows, "high"),
+                labels=["" if each.steps is None else str(each.steps) for each in series.rows],
+                details=[details_of(each) for each in series.rows],
             )
         )
     front = pareto_front(points_of(first))
@@ -84,35 +51,36 @@ def accuracy_against_latency(records: Sequence[TradeoffRecord], rows: Sequence[T
                 labels=[point.label for point in front],
                 style=FRONT_STYLE,
                 markers=False,
+                front=True,
             )
         )
-    lines += _popularity_level(records)
+    lines += _popularity_level(records, lines)
     return Chart(
         key="accuracy-latency",
         title=f"Accuracy against latency, batch {size}",
         note="Labels are step counts; bars are 95 % bootstrap intervals over users. Up and left is better.",
         x_title="median latency of a batch (ms)",
         y_title=f"{METRIC} (%)",
-        lines=lines,
+        lines=lines if first else [],
+        empty="No row of this batch size has both a latency and an accuracy; the table names the errors.",
     )
 
 
 def latency_against_steps(rows: Sequence[TradeoffRecord], size: int) -> Chart:
     """Median latency against steps for each engine; bars reach to p99."""
     lines = []
-    first = _first_seed(rows)
-    for name, style, members in _series(first):
-        timings = [each.timing for each in members if each.timing]
-        level = members[0].steps is None
+    first = first_seed(rows)
+    for series in series_of(first):
+        timings = [each.timing for each in series.rows if each.timing]
+        level = series.rows[0].steps is None
         lines.append(
-            Line(
-                name=name,
-                x=[float(each.steps or 1) for each in members],
+            series.line(
+                x=[float(each.steps or 1) for each in series.rows],
                 y=[timing.latency_ms_p50 for timing in timings],
                 low=None if level else [timing.latency_ms_p50 for timing in timings],
                 high=None if level else [timing.latency_ms_p99 for timing in timings],
-                style=style,
                 level=level,
+                details=[details_of(each) for each in series.rows],
             )
         )
     return Chart(
@@ -124,6 +92,7 @@ def latency_against_steps(rows: Sequence[TradeoffRecord], size: int) -> Chart:
         lines=lines,
         y_log=True,
         x_ticks=_step_ticks(first),
+        empty="No row of this batch size has a latency; the table names the errors.",
     )
 
 
@@ -150,7 +119,7 @@ def accuracy_against_steps(records: Sequence[TradeoffRecord]) -> Chart:
     baseline = [each for each in records if each.model == BASELINE_MODEL and each.accuracy][:1]
     if baseline:
         lines.append(Line(BASELINE_MODEL, x=[1.0], y=_metric(baseline, "value"), style=BASELINE_STYLE, level=True))
-    lines += _popularity_level(records)
+    lines += _popularity_level(records, lines)
     return Chart(
         key="accuracy-steps",
         title="Accuracy against steps",
@@ -159,28 +128,22 @@ def accuracy_against_steps(records: Sequence[TradeoffRecord]) -> Chart:
         y_title=f"{METRIC} (%)",
         lines=lines,
         x_ticks=_step_ticks(records),
+        empty="No row has an accuracy; the table names the errors.",
     )
 
 
 def throughput_against_batch(records: Sequence[TradeoffRecord]) -> Chart:
     """Users per second against batch size, for one step and the exact count of each engine."""
     lines = []
-    complete = _first_seed([each for each in records if each.timing])
-    steps = sorted({each.steps for each in complete if each.steps is not None})
-    shown = list(dict.fromkeys((*steps[:1], *steps[-1:])))
-    wanted = [each for each in complete if each.steps is None or each.steps in shown]
-    for name, style, engine_rows in _series(wanted):
-        for count in sorted({each.steps or 0 for each in engine_rows}):
-            members = [each for each in engine_rows if (each.steps or 0) == count]
-            members.sort(key=lambda each: each.batch_size_users or 0)
-            lines.append(
-                Line(
-                    name=f"{name}, {counted(count, 'step')}" if count else name,
-                    x=[float(each.batch_size_users or 1) for each in members],
-                    y=[each.timing.throughput_users_per_second for each in members if each.timing],
-                    style=style + (0 if count in (0, shown[-1]) else 10),
-                )
+    for series in few_and_exact([each for each in records if each.timing]):
+        members = sorted(series.rows, key=lambda each: each.batch_size_users or 0)
+        lines.append(
+            series.line(
+                x=[float(each.batch_size_users or 1) for each in members],
+                y=[each.timing.throughput_users_per_second for each in members if each.timing],
+                details=[details_of(each) for each in members],
             )
+        )
     return Chart(
         key="throughput-batch",
         title="Throughput against batch size",
@@ -190,36 +153,98 @@ def throughput_against_batch(records: Sequence[TradeoffRecord]) -> Chart:
         lines=lines,
         y_log=True,
         x_ticks=[float(size) for size in batch_sizes(records)],
+        empty="No row has a latency; the table names the errors.",
     )
 
 
-def _series(rows: Sequence[TradeoffRecord]) -> list[tuple[str, int, list[TradeoffRecord]]]:
-    engines = sorted({each.engine or "" for each in rows if each.steps is not None}, reverse=True)
-    found = []
-    for index, engine in enumerate(engines):
-        members = [each for each in rows if each.steps is not None and each.engine == engine]
-        found.append((engine, index % BASELINE_STYLE, sorted(members, key=lambda each: each.steps or 0)))
-    baseline = [each for each in rows if each.model == BASELINE_MODEL]
-    if baseline:
-        found.append((BASELINE_MODEL, BASELINE_STYLE, baseline))
-    return found
+def latency_percentiles(rows: Sequence[TradeoffRecord], size: int) -> Chart:
+    """Latency at the percentiles of single calls, for one step and the exact count of each engine.
+
+    The axis is `1 / (1 - percentile)`, logarithmic, which gives each nine of the tail the same room.
+    """
+    lines = []
+    for series in few_and_exact(rows):
+        points = _percentiles(series.rows[0].timing)
+        lines.append(
+            series.line(
+                x=[_tail(percentile) for percentile in points],
+                y=list(points.values()),
+                details=[f"p{percentile:g} of {series.calls}" for percentile in points],
+                markers=len(points) < 4,
+            )
+        )
+    return Chart(
+        key="percentiles",
+        title=f"Percentiles of latency, batch {size}",
+        note="Single calls. A flat curve is a steady engine; what few calls stand behind (see the table) ends early.",
+        x_title="percentile of calls",
+        y_title="latency of a batch (ms)",
+        lines=lines,
+        y_log=True,
+        x_ticks=[_tail(percentile) for percentile in PERCENTILE_TICKS],
+        x_names=[f"{percentile:g}" for percentile in PERCENTILE_TICKS],
+        empty="No row of this batch size has a latency; the table names the errors.",
+    )
 
 
-def _first_seed(rows: Sequence[TradeoffRecord]) -> list[TradeoffRecord]:
-    # Latency does not depend on the seed: a row a setting is enough.
-    kept: dict[tuple[object, ...], TradeoffRecord] = {}
-    for row in rows:
-        kept.setdefault((row.model, row.engine, row.steps, row.batch_size_users), row)
-    return list(kept.values())
+def roofline(rows: Sequence[TradeoffRecord], size: int) -> Chart:
+    """Reached GFLOP/s against operations per byte, both of the least work, under what the machine reached."""
+    lines = []
+    found = [each for each in first_seed(rows) if each.timing and each.roof]
+    for series in series_of(found):
+        pairs = [(each.timing, each.roof, each.steps) for each in series.rows if each.timing and each.roof]
+        lines.append(
+            series.line(
+                x=[roof.least_flops / roof.least_bytes for _, roof, _ in pairs],
+                y=[roof.least_flops / timing.latency_ms_p50 / 1e6 for timing, roof, _ in pairs],
+                labels=[str(steps) for _, _, steps in pairs],
+                details=[_share_of_roof(timing, roof) for timing, roof, _ in pairs],
+            )
+        )
+    if lines and (roof := found[0].roof) is not None:
+        xs = [x for line in lines for x in line.x]
+        lines.append(roof_line(xs, roof.gflops, roof.gigabytes_per_second))
+    return Chart(
+        key="roofline",
+        title=f"Roofline, batch {size}",
+        note="Least operations and bytes of a batch, whatever the engine does, under what this machine reached in a "
+        "product and a copy. Labels are step counts.",
+        x_title="operations per byte",
+        y_title="GFLOP/s of the least work",
+        lines=lines,
+        y_log=True,
+        empty="No row of this batch size knows its least work: it was measured before adrec noted it, or the model is "
+        "not ADRec with attention. `adrec bench tradeoff RUN` measures it; `adrec bench profile RUN` does by stage.",
+    )
+
+
+def _percentiles(timing: TimingSummary | None) -> dict[float, float]:
+    if timing is None:
+        return {}
+    known = {50.0: timing.latency_ms_p50, 95.0: timing.latency_ms_p95, 99.0: timing.latency_ms_p99}
+    return timing.latency_ms_percentiles or known
+
+
+def _tail(percentile: float) -> float:
+    return 1.0 / (1.0 - percentile / 100.0)
+
+
+def _share_of_roof(timing: TimingSummary, roof: RequestRoof) -> str:
+    floor = max(roof.least_flops / roof.gflops, roof.least_bytes / roof.gigabytes_per_second) / 1e6
+    return f"floor {floor:.3g} ms, {floor / timing.latency_ms_p50:.1%} of the {timing.latency_ms_p50:.4g} ms it took"
 
 
 def _metric(rows: Sequence[TradeoffRecord], end: str) -> list[float]:
     return [float(getattr(each.accuracy.metrics_percent[METRIC], end)) for each in rows if each.accuracy]
 
 
-def _popularity_level(records: Sequence[TradeoffRecord]) -> list[Line]:
+def _popularity_level(records: Sequence[TradeoffRecord], others: Sequence[Line]) -> list[Line]:
     rows = [each for each in records if each.model == POPULARITY and each.accuracy][:1]
-    return [Line(POPULARITY, x=[1.0], y=_metric(rows, "value"), style=POPULARITY_STYLE, level=True) for _ in rows]
+    ends = [end for line in others for end in (*(line.low or line.y), *(line.high or line.y))]
+    levels = _metric(rows, "value")
+    # So far from the others that they would be told apart no more.
+    folded = bool(ends) and any(min(ends) - level > max(ends) - min(ends) for level in levels)
+    return [Line(POPULARITY, x=[1.0], y=levels, style=POPULARITY_STYLE, level=True, folded=folded) for _ in rows]
 
 
 def _step_ticks(rows: Sequence[TradeoffRecord]) -> list[float]:

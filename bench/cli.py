@@ -114,11 +114,11 @@ def report(
     ] = None,
 ) -> None:
     """Write a self-contained HTML report, with Markdown and PNG beside it."""
+    from bench.archive import read_any
     from bench.environment import printable_command
-    from bench.record import read_records
     from bench.report import write_report
 
-    found = [record for path in records for record in read_records(path)]
+    found = [record for path in records for record in read_any(path)]
     page = write_report(found, out or records[0].with_suffix(".html"), command=printable_command(sys.argv))
     typer.echo(str(page))
 

@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 
 USERS, ITEMS, MEAN_LENGTH = 4_000, 1_000, 12.0
-MADE = ("data", "run", "tradeoff.jsonl", "tradeoff.jsonl.partial", "report.html", "report.md", "report.png")
+MADE = (
+    "data",
+    "run",
+    "tradeoff.jsonl",
+    "tradeoff.jsonl.partial",
+    "report.html",
+    "report.md",
+    "report.png",
+    "report-charts",
+)
 # Small enough to train in a minute or two on two cores; everything else is the paper's.
 MODEL = {"items": ITEMS, "width": 64, "embedding_dropout": 0.1}
 STAGE = {"epochs": 30, "cosine_epochs": 30, "validate_every": 3, "patience": 3, "learning_rate": 2e-3}

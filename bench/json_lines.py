@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from adrec.data.json_text import parse_json
 from adrec.errors import DataError
+from bench.foreign_files import described, folder_in_words, foreign
 
 SCHEMA_VERSION = 1
 
@@ -47,22 +48,28 @@ class LineWriter(Generic[Record]):
         self._stream.close()
 
 
-def read_json_lines(path: Path, validate: Validate[Record], made_by: str) -> list[Record]:
-    """Read and validate every line; DataError names the file, the line and the way out.
+def read_json_lines(path: Path, validate: Validate[Record], made_by: str, kinds: Sequence[str] = ()) -> list[Record]:
+    """Read and validate every line; DataError names the file, the line, what was found and the way out.
 
-    made_by: the command that writes such files.
+    made_by: the command that writes such files. kinds: of records that it writes, empty where they have none.
     """
+    if path.is_dir():
+        raise DataError(f"{path}: {folder_in_words(path)}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file of records; `{made_by}` writes one") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 JSON lines ({error})") from error
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 JSON lines ({error}); give a .jsonl file that `{made_by}` wrote"
+        ) from error
+    if (found := foreign(text)) is not None:
+        raise DataError(f"{path}: no file of records but {found}; `{made_by}` writes them")
     lines = text.split("\n")
     # A complete file ends with a newline, so that what follows the last one is a line cut short.
     unfinished = lines.pop()
     records = [
-        _parse(f"{path}, line {number}", line, validate, made_by)
+        _parse(f"{path}, line {number}", line, validate, made_by, kinds)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -74,7 +81,7 @@ def read_json_lines(path: Path, validate: Validate[Record], made_by: str) -> lis
     return records
 
 
-def _parse(where: str, line: str, validate: Validate[Record], made_by: str) -> Record:
+def _parse(where: str, line: str, validate: Validate[Record], made_by: str, kinds: Sequence[str]) -> Record:
     try:
         content = parse_json(line)
     except ValueError as error:
@@ -88,8 +95,13 @@ def _parse(where: str, line: str, validate: Validate[Record], made_by: str) -> R
         elif isinstance(version, int):
             way_out = "it was written by an older adrec: measure again with this one"
         else:
-            way_out = "it is not a record of `adrec bench`"
+            way_out = f"it is not a record of `adrec bench` but {described(content)}"
         raise DataError(f"{where}: schema version {version!r}, this adrec reads {SCHEMA_VERSION}; {way_out}")
+    if kinds and content.get("kind") not in kinds:
+        raise DataError(
+            f"{where}: a record of kind {content.get('kind')!r}; allowed here: {', '.join(kinds)}, which `{made_by}`"
+            " writes"
+        )
     try:
         return validate(content)
     except ValidationError as error:

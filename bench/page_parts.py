@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from bench.charts import Chart
+from bench.chart import Chart
 from bench.environment import Environment
+from bench.html_tables import Cell, Head, TableRow, anchor_link, heading, scroll_box, sortable_table
 from bench.recommendation import budget_table, counted, recommendation
-from bench.record import TradeoffRecord
+from bench.record import BASELINE_MODEL, TradeoffRecord
 from bench.tables import Column, accuracy_columns, accuracy_rows, main_columns
 
 SHORT = 12
@@ -18,23 +19,27 @@ def study_section(
     records: Sequence[TradeoffRecord], index: int, sizes: Sequence[int], name: str, charts: Sequence[Chart]
 ) -> str:
     """Return the section of a study; ``index`` ties its charts to the page's figure data."""
+    anchor = f"study-{index + 1}"
     return "\n".join(
         [
-            f"<section><h2>{html.escape(name)}</h2>",
+            "<section>",
+            heading(2, anchor, name),
             _advice(recommendation(records), len([size for size in sizes if size])),
-            _batch_choice(index, sizes),
+            heading(3, f"{anchor}-charts", "Charts"),
+            _filters(records, index, sizes),
             '<div class="charts">',
-            *(figure_place(index, place, chart.title, chart.note) for place, chart in enumerate(charts)),
+            *(figure_place(index, place, chart) for place, chart in enumerate(charts)),
             "</div>",
-            "<h2>Pareto front and budgets</h2>",
+            heading(3, f"{anchor}-budgets", "Pareto front and budgets"),
             _budgets(records),
-            "<h2>All rows</h2>",
-            '<p class="soft">Select a heading to sort. Brackets are 95 % intervals.</p>',
-            _table(main_columns(), records),
+            heading(3, f"{anchor}-rows", "All rows"),
+            '<p class="soft">Select a heading to sort. Brackets are 95 % intervals. The filters above the charts hold '
+            "here too.</p>",
+            _table(f"rows-{index + 1}.csv", "All rows", main_columns(), records),
             "<details><summary>All nine metrics</summary>",
-            _table(accuracy_columns(), accuracy_rows(records)),
+            _table(f"metrics-{index + 1}.csv", "All nine metrics", accuracy_columns(), accuracy_rows(records)),
             "</details>",
-            "<h2>Machine and protocol</h2>",
+            heading(3, f"{anchor}-protocol", "Machine and protocol"),
             facts_box(facts_of(records)),
             "</section>",
         ]
@@ -117,20 +122,45 @@ def _advice(sentences: Sequence[str], choices: int) -> str:
     return f'<div class="advice">{leading}<ul>{rest}</ul></div>'
 
 
-def _batch_choice(index: int, sizes: Sequence[int]) -> str:
+def _filters(records: Sequence[TradeoffRecord], index: int, sizes: Sequence[int]) -> str:
     options = "".join(f'<option value="{size}">{size}</option>' for size in sizes)
+    facets = [_facets(record) for record in records]
+    boxes = "".join(
+        f"<fieldset><legend>{title}</legend>{''.join(_box(name, value) for value in values)}</fieldset>"
+        for name, title in (("engine", "Engines"), ("precision", "Precision"))
+        if (values := sorted({each[name] for each in facets} - {""}))
+    )
     return (
-        f'<div class="pick"><label for="batch-{index}">Batch size of the latency charts</label>'
-        f'<select id="batch-{index}">{options}</select></div>'
+        f'<div class="pick" role="group" aria-label="Filters" data-study="{index}">'
+        f'<label>Batch size <select name="batch" autocomplete="off">{options}</select></label>'
+        f'<label><input type="checkbox" name="every" autocomplete="off" checked> every batch size in the table</label>'
+        f'{boxes}<button type="button" class="reset">Show all</button></div>'
     )
 
 
-def figure_place(index: int, place: int, title: str, note: str) -> str:
-    """Return where the page draws figure ``place`` of study ``index``."""
-    title = html.escape(title)
+def _box(name: str, value: str) -> str:
+    shown = html.escape(value, quote=True)
+    return f'<label><input type="checkbox" name="{name}" value="{shown}" autocomplete="off" checked> {shown}</label>'
+
+
+def _facets(record: TradeoffRecord) -> dict[str, str]:
+    """What the filters know a row by; empty where a row stays whatever they say."""
+    stays = record.steps is None
+    return {
+        "engine": "" if stays or record.model == BASELINE_MODEL else record.engine or "",
+        "precision": "" if record.engine is None else record.precision,
+        "batch": "" if record.batch_size_users is None else str(record.batch_size_users),
+    }
+
+
+def figure_place(index: int, place: int, chart: Chart) -> str:
+    """Return where the page draws figure ``place`` of study ``index``, or says why it is empty."""
+    title, anchor = html.escape(chart.title), f"study-{index + 1}-{chart.key}"
+    label = html.escape(f"{chart.title}: its values are in the table of rows", quote=True)
     return (
-        f'<figure><h3>{title}</h3><div class="plot" role="img" aria-label="{title}" data-study="{index}" '
-        f'data-chart="{place}"></div><figcaption>{html.escape(note)}</figcaption></figure>'
+        f'<figure id="{anchor}"><h3><span class="title">{title}</span> {anchor_link(anchor, chart.title)}</h3>'
+        f'<div class="plot" role="img" aria-label="{label}" data-study="{index}" data-chart="{place}"></div>'
+        f'<p class="none" hidden></p><figcaption>{html.escape(chart.note)}</figcaption></figure>'
     )
 
 
@@ -141,36 +171,33 @@ def _budgets(records: Sequence[TradeoffRecord]) -> str:
         cells = "".join(f'<td class="words">{html.escape(each)}</td>' for each in (front, bend, under))
         rows.append(f"<tr><td>{size}</td>{cells}</tr>")
     heads = "".join(
-        f'<th class="words">{each}</th>' for each in ("Pareto front, fast to slow", "knee", "most accurate under")
+        f'<th scope="col" class="words">{each}</th>'
+        for each in ("Pareto front, fast to slow", "knee", "most accurate under")
     )
-    return (
-        f'<div class="scroll"><table><thead><tr><th>batch</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    return scroll_box(
+        "Pareto front and budgets",
+        f'<thead><tr><th scope="col">batch</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody>',
     )
 
 
-def _table(columns: Sequence[Column], records: Sequence[TradeoffRecord]) -> str:
-    heads = "".join(
-        f'<th scope="col"{"" if each.numeric else _WORDS}><button type="button">{html.escape(each.title)}</button></th>'
-        for each in columns
+def _table(name: str, label: str, columns: Sequence[Column], records: Sequence[TradeoffRecord]) -> str:
+    # A column that is empty in every row only makes the table wider.
+    used = [column for column in columns if any(column.text(record) for record in records)]
+    return sortable_table(
+        name,
+        label,
+        [Head(column.title, column.numeric, column.ends is not None) for column in used],
+        [TableRow([_cell(column, record) for column in used], _facets(record)) for record in records],
     )
-    rows = "".join(f"<tr>{''.join(_cell(each, record) for each in columns)}</tr>" for record in records)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def _cell(column: Column, record: TradeoffRecord) -> str:
+def _cell(column: Column, record: TradeoffRecord) -> Cell:
     value = column.sort(record)
-    sort = "" if value is None else html.escape(str(value), quote=True)
-    kind = "" if column.numeric else _WORDS
-    if column.title == "error" and value:
-        kind = ' class="error"'
-    return f'<td{kind} data-sort="{sort}">{html.escape(column.text(record))}</td>'
+    ends = None if column.ends is None else column.ends(record)
+    return Cell(column.text(record), value, ends, error=column.title == "error" and bool(value))
 
 
 def facts_box(facts: Sequence[tuple[str, str]]) -> str:
     """Return a box of (name, value) pairs."""
     rows = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
     return f'<div class="box"><dl>{rows}</dl></div>'
-
-
-_WORDS = ' class="words"'

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from adrec.errors import NotSupportedError
-from bench.charts import Chart, Line
+from bench.chart import Chart, Line
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#666666", "#999999")
 MARKERS = ("o", "s", "D", "^", "*", "x", "+")
 DASHES = ("-", "-", "-", "-", "--", ":", ":")
 THIN = 10
+WIDTH, HEIGHT, DOTS_PER_INCH = 6.0, 4.6, 120
+"""Size of one chart in inches."""
+SHORT = 6
 
 
 def png_of(charts: Sequence[Chart], title: str) -> bytes:
@@ -25,12 +28,16 @@ def png_of(charts: Sequence[Chart], title: str) -> bytes:
             "no PNG was written: matplotlib is not installed; install it with `pip install 'adrec[png]'` and "
             "run `adrec bench report` again"
         ) from None
-    rows = (len(charts) + 1) // 2
-    figure = Figure(figsize=(12, 4.6 * rows + 0.4), dpi=120, layout="constrained")
+    columns = min(2, len(charts))
+    rows = -(-len(charts) // columns)
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.4), dpi=DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_plain(title))
-    for axes, chart in zip(figure.subplots(rows, 2, squeeze=False).flat, charts, strict=False):
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, chart in zip(places, charts, strict=False):
         _draw(axes, chart)
+    for axes in places[len(charts) :]:
+        axes.set_axis_off()
     stream = io.BytesIO()
     # Without this, the file would name the version, and equal records would not give equal files.
     figure.savefig(stream, format="png", metadata={"Software": None})
@@ -46,21 +53,43 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_ylabel(chart.y_title)
     if chart.x_log:
         axes.set_xscale("log")
+        _plain_decades(axes.xaxis)
     if chart.y_log:
         axes.set_yscale("log")
+        _plain_decades(axes.yaxis)
     if chart.x_ticks:
-        axes.set_xticks(chart.x_ticks, labels=[f"{tick:g}" for tick in chart.x_ticks])
+        axes.set_xticks(chart.x_ticks, labels=chart.x_names or [f"{tick:g}" for tick in chart.x_ticks])
         axes.minorticks_off()
+    slanted = any(len(name) > SHORT for name in chart.x_names or [])
+    if slanted:
+        axes.tick_params(axis="x", labelsize=8)
+        for label in axes.get_xticklabels():
+            label.set(rotation=20, horizontalalignment="right")
     axes.grid(True, alpha=0.3)
     if chart.lines:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False)
+        axes.legend(
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.26 if slanted else -0.13),
+            ncols=3,
+            frameon=False,
+        )
+
+
+def _plain_decades(axis: Any) -> None:
+    """Label 1, 2 and 5 of each decade as plain numbers: powers of ten of all digits would run into each other."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_line(axes: Any, line: Line) -> None:
     style = line.style % THIN
     colour = COLOURS[style]
     name = _plain(line.name)
-    dash = ":" if line.style >= THIN else DASHES[style]
+    dash = ":" if line.style >= THIN else "-." if line.hollow else DASHES[style]
     if line.level:
         axes.axhline(line.y[0], color=colour, linestyle=dash, label=name)
         return
@@ -77,7 +106,8 @@ def _draw_line(axes: Any, line: Line) -> None:
         yerr=errors,
         color=colour,
         marker=marker,
-        linestyle=dash,
+        markerfacecolor="none" if line.hollow else colour,
+        linestyle=dash if line.connected else "none",
         label=name,
         capsize=2,
         linewidth=1.5,

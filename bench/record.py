@@ -24,11 +24,16 @@ class Estimate(Frozen):
 
 
 class TimingSummary(Frozen):
-    """Latency of one cell: quantiles over ``calls`` samples; ``round_medians_ms`` has one median a round."""
+    """Latency of one cell: quantiles over ``calls`` samples; ``round_medians_ms`` has one median a round.
+
+    ``latency_ms_percentiles``: more of the same quantiles by percentile, ascending, the last that the calls reach
+    (`None` in older records).
+    """
 
     latency_ms_p50: float = Field(gt=0)
     latency_ms_p95: float = Field(gt=0)
     latency_ms_p99: float = Field(gt=0)
+    latency_ms_percentiles: dict[float, float] | None = None
     round_medians_ms: list[float]
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
@@ -67,6 +72,19 @@ class Accuracy(Frozen):
     places_base64: str | None = None
 
 
+class RequestRoof(Frozen):
+    """The least work of answering one batch, and the rates at which this machine did such work before the sweep.
+
+    ``gflops``: 10^9 operations a second in a square product. ``gigabytes_per_second``: 10^9 bytes, read and written,
+    in a copy.
+    """
+
+    least_flops: int = Field(gt=0)
+    least_bytes: int = Field(gt=0)
+    gflops: float = Field(gt=0)
+    gigabytes_per_second: float = Field(gt=0)
+
+
 class MeasuringProtocol(Frozen):
     """How a cell was measured."""
 
@@ -85,7 +103,8 @@ class TradeoffRecord(Frozen):
     """One row of a trade-off table: speed and accuracy of one setting, or its error.
 
     ``steps`` and ``engine`` are `None` where the model has none; ``timing`` is `None` for a row without a
-    latency (popularity) and for a failed cell, whose ``error`` says why.
+    latency (popularity) and for a failed cell, whose ``error`` says why. ``roof`` is `None` in older records and for
+    models whose least work is not known.
     """
 
     schema_version: Literal[1] = 1
@@ -101,6 +120,7 @@ class TradeoffRecord(Frozen):
     split: str
     timing: TimingSummary | None
     accuracy: Accuracy | None
+    roof: RequestRoof | None = None
     error: str | None
     protocol: MeasuringProtocol
     dataset_name: str
@@ -152,7 +172,7 @@ class RecordWriter(LineWriter[TradeoffRecord]):
 
 def read_records(path: Path) -> list[TradeoffRecord]:
     """Read and validate every line; DataError names the file, the line and the way out."""
-    return read_json_lines(path, TradeoffRecord.model_validate, "adrec bench tradeoff RUN")
+    return read_json_lines(path, TradeoffRecord.model_validate, "adrec bench tradeoff RUN", ("tradeoff",))
 
 
 def latest_records(records: Sequence[TradeoffRecord]) -> list[TradeoffRecord]:

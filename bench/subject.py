@@ -63,10 +63,14 @@ def draw_batches(histories: Jagged, batch_size: int, seed: int = 0) -> list[Jagg
 
     The number of batches falls with their size, from 256 to 8. A batch larger than the data repeats users.
     """
-    users = len(histories)
-    count = max(8, min(MOST_BATCHES, MOST_BATCH_USERS // batch_size))
+    users, count = len(histories), batch_count(batch_size)
     generator = np.random.default_rng(seed)
     return [
         histories.select(torch.from_numpy(generator.choice(users, batch_size, replace=batch_size > users)))
         for _ in range(count)
     ]
+
+
+def batch_count(batch_size: int) -> int:
+    """Number of batches that `draw_batches` draws."""
+    return max(8, min(MOST_BATCHES, MOST_BATCH_USERS // batch_size))

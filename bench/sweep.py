@@ -17,12 +17,14 @@ from bench.accuracy import RESULTS, AccuracyBook, estimates
 from bench.cells import Cell, GroupTimer
 from bench.environment import Environment, read_environment
 from bench.plan import Plan
+from bench.profiling.floors import machine_rates, request_cost_of
 from bench.progress import StageProgress
 from bench.record import (
     BASELINE_MODEL,
     POPULARITY,
     Accuracy,
     MeasuringProtocol,
+    RequestRoof,
     TimingSummary,
     TradeoffRecord,
 )
@@ -182,6 +184,7 @@ class Sweep:
             split=subject.split,
             timing=measured,
             accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
+            roof=None if measured is None else self._roof(cell, measured),
             error="; ".join(problems) or None,
             protocol=MeasuringProtocol(
                 clock=self._clock.name,
@@ -202,6 +205,22 @@ class Sweep:
             run_fingerprint=subject.run.fingerprint,
             environment=self._environment,
             command=self.command,
+        )
+
+    def _roof(self, cell: Cell, timing: TimingSummary) -> RequestRoof | None:
+        if cell.model != self._model or cell.steps is None:
+            return None
+        dtype = self._engine(cell.model, cell.engine).dtype
+        tokens = round(timing.history_tokens_per_batch_mean)
+        cost = request_cost_of(self.subject.run.config, tokens, cell.batch_size, cell.steps, dtype.itemsize)
+        if cost is None:
+            return None
+        rates = machine_rates(self.device, dtype, self._environment.machine.threads, self.protocol.seconds)
+        return RequestRoof(
+            least_flops=cost.flops,
+            least_bytes=cost.bytes,
+            gflops=rates.gflops,
+            gigabytes_per_second=rates.gigabytes_per_second,
         )
 
 

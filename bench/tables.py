@@ -14,12 +14,13 @@ COMPACT = "{:.4g}"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: ``sort`` gives the value to sort by, ``text`` what is shown."""
+    """One column: ``sort`` gives the value to sort by, ``text`` what is shown, ``ends`` those of an interval."""
 
     title: str
     sort: Callable[[TradeoffRecord], Value]
     text: Callable[[TradeoffRecord], str]
     numeric: bool = True
+    ends: Callable[[TradeoffRecord], tuple[float, float] | None] | None = None
 
 
 def main_columns() -> list[Column]:
@@ -48,6 +49,7 @@ def main_columns() -> list[Column]:
         _accuracy("users evaluated", lambda accuracy: accuracy.users, "{:d}"),
         _timing("history tokens", lambda timing: timing.history_tokens_per_batch_mean),
         _timing("peak memory (MiB)", lambda timing: timing.peak_memory_mib, "{:.1f}"),
+        _words("precision", lambda row: row.precision),
         _words("error", lambda row: row.error or ""),
     ]
 
@@ -105,7 +107,11 @@ def _estimate(title: str, read: Callable[[TradeoffRecord], Estimate | None], dig
         found = read(row)
         return "" if found is None else interval(found, digits)
 
-    return Column(title, value, text)
+    def ends(row: TradeoffRecord) -> tuple[float, float] | None:
+        found = read(row)
+        return None if found is None else (found.low, found.high)
+
+    return Column(title, value, text, ends=ends)
 
 
 def _metric(name: str) -> Column:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 MOST_CALLS_A_TURN = 1000
+PERCENTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
 
 Call = Callable[[int], object]
 """What is measured: takes the number of the call (0, 1, ...), so that it can rotate its inputs."""
@@ -165,6 +166,13 @@ def quantiles_ms(samples_ms: np.ndarray) -> tuple[float, float, float]:
     """Return p50, p95 and p99 of samples `[n]` in ms; of few samples the upper ones are the maximum."""
     p50, p95, p99 = np.quantile(samples_ms, [0.5, 0.95, 0.99])
     return float(p50), float(p95), float(p99)
+
+
+def percentiles_ms(samples_ms: np.ndarray) -> dict[float, float]:
+    """Latency by percentile, ascending: only percentiles that some sample lies beyond (99 from 100 samples on)."""
+    reached = [each for each in PERCENTILES if len(samples_ms) * round(100.0 - each, 6) >= 100.0]
+    values = np.percentile(samples_ms, reached)
+    return {each: round(float(value), 6) for each, value in zip(reached, values, strict=True)}
 
 
 def paired_ratio(

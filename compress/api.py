@@ -18,6 +18,7 @@ from adrec.errors import AdrecError, ConfigError, RunError
 from adrec.files import check_output_folder, write_text
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
+from adrec.source import SOURCE, KeptShare, Source
 from compress.recipe import Recipe, entry_of
 from compress.technique import METRIC, CompressionError, Draft, Receipt, Technique
 
@@ -150,6 +151,11 @@ def compress_run(
     dataset = open_data(loaded, data)
     draft = draft_of(loaded, dataset, seed=seed, report=report)
     receipts = apply_recipe(draft, recipe, on_receipt)
+    if draft.settings != served_as_measured(draft):
+        report(
+            f"note: neither {loaded.path} nor the recipe says how it is sampled, so the result takes all"
+            f" {draft.model.config.timesteps} reverse steps, as measured; add `- technique: steps` for fewer"
+        )
     made = compression_of(loaded, recipe, receipts, seed, earlier)
     write_compressed(out, draft, loaded, made, data_path=str(data) if data is not None else loaded.data_path)
     return made
@@ -186,7 +192,11 @@ def write_compressed(out: Path, draft: Draft, run: Run, made: Compression, *, da
     """
     dataset = draft.require_dataset("write")
     accuracy = made.receipts[-1].accuracy
-    metrics = {} if accuracy is None else {"validation": {METRIC: accuracy.metrics[METRIC].value}}
+    kept = None if accuracy is None or accuracy.kept is None else KeptShare(**accuracy.kept.model_dump())
+    source = Source(run=str(run.path), model_fingerprint=run.fingerprint, validation_kept=kept)
+    metrics: dict[str, Any] = {SOURCE: source.model_dump(mode="json")}
+    if accuracy is not None:
+        metrics["validation"] = {METRIC: accuracy.metrics[METRIC].value}
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=out))
@@ -231,7 +241,9 @@ def read_compression(run: Path) -> Compression | None:
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: the run cannot be read: {error}") from None
+        raise RunError(
+            f"{path}: the run cannot be read: {error}. Restore the file from a copy, or compress the original run again"
+        ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != 1:
         raise RunError(
@@ -241,4 +253,4 @@ def read_compression(run: Path) -> Compression | None:
     try:
         return parse(Compression, content, str(path))
     except ConfigError as error:
-        raise RunError(str(error)) from None
+        raise RunError(f"{error}. Restore the file from a copy, or compress the original run again") from None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from adrec.config import StrictModel
+from adrec.config import StrictModel, explanations
 from adrec.data.json_text import parse_json
 from adrec.errors import ConfigError, DataError
 from compress.budget import Timing
@@ -110,7 +110,7 @@ class CandidateRecord(StrictModel):
     """One line of ``candidates.jsonl``: what became of a candidate.
 
     fingerprint: of everything that the result depends on; a record of another one is not used. detail: why it was
-    pruned, or what failed. timings: by batch size.
+    pruned, what failed, or why it was chosen or not. timings: by batch size.
     """
 
     schema_version: Literal[1] = 1
@@ -206,6 +206,4 @@ def _record(line: str, where: str) -> CandidateRecord:
     try:
         return CandidateRecord.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise DataError(f"{where}: field {name!r}: {first['msg']}; {way_out}") from None
+        raise DataError(f"{where}: {explanations(CandidateRecord, error)[0]}; {way_out}") from None

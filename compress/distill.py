@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from adrec.config import ModelConfig, OptimiserConfig, RunConfig, ServingConfig
+from adrec.config import ModelConfig, OptimiserConfig, ServingConfig
 from adrec.losses import catalogue_cross_entropy
 from adrec.models import ADRec, build_model
 from adrec.models.base import SequenceModel, TokenBatch
@@ -51,7 +51,9 @@ class StepDistillConfig(Technique):
     teacher_steps: int | None = Field(
         None, ge=1, description="steps of the teacher: progressive takes steps times a power of 2; null: as many as fit"
     )
-    start: Literal["noise", "zero"] = Field("noise", description="x_T when served; zero is its mean and draws nothing")
+    start: Literal["noise", "zero"] | None = Field(
+        None, description="x_T when served; zero is its mean and draws nothing; null: as the run is served"
+    )
     temporal: float = Field(0.5, gt=0.0, description="weight of the temporal consistency; TA-Rec: 0.4 to 0.8")
     hard: float = Field(0.0, ge=0.0, description="weight of the cross-entropy with the real next item")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="while distilling, everywhere in the network")
@@ -75,6 +77,7 @@ class StepDistillConfig(Technique):
 def apply(draft: Draft, config: StepDistillConfig) -> Receipt:
     """Distil the draft's model to fewer reverse steps and serve it with them; skipped for one without diffusion.
 
+    It is served by deterministic DDIM, which it is taught; start, if not said, and early_stop stay as they were.
     Raises CompressionError for a model whose steps cannot be distilled, RunError without data or where training
     diverges.
     """
@@ -109,15 +112,15 @@ def apply(draft: Draft, config: StepDistillConfig) -> Receipt:
             optimiser=config.optimiser,
             stage=f"{config.technique}-{len(plan.student_times)}",
             frozen_epochs=ALWAYS,
-            steps=_serving(plan, config),
+            steps=_serving(draft, plan, config),
             report=partial(_report, draft, plan),
         )
         changes.append(_change(plan, fitted))
     served = build_model(_unguided(teacher.config))
     served.load_state_dict(student.state_dict())
     draft.model = served.eval()
-    serving = _serving(plans[-1], config)
-    draft.settings = RunConfig(model=served.config, train=draft.settings.train, serving=serving)
+    serving = _serving(draft, plans[-1], config)
+    draft.settings = draft.settings.model_copy(update={"model": served.config, "serving": serving})
     return receipt.model_copy(update={"changed": tuple(changes)})
 
 
@@ -282,8 +285,14 @@ def _unguided(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"guidance_scale": 1.0})
 
 
-def _serving(plan: StepPlan, config: StepDistillConfig) -> ServingConfig:
-    return ServingConfig(sampler="ddim", times=plan.student_times, start=config.start)
+def _serving(draft: Draft, plan: StepPlan, config: StepDistillConfig) -> ServingConfig:
+    before = draft.settings.serving or ServingConfig()
+    return ServingConfig(
+        sampler="ddim",
+        times=plan.student_times,
+        start=config.start or before.start,
+        early_stop=before.early_stop,
+    )
 
 
 def _times(trained: int, steps: int) -> tuple[int, ...]:

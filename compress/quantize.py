@@ -18,7 +18,7 @@ from adrec.losses import catalogue_cross_entropy, reconstruction_loss
 from adrec.models import quantization_of
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
-from adrec.models.quantized import linear_layers, sqnr_db
+from adrec.models.quantized import linear_layers, sqnr_db, storage
 from adrec.noise import draw_token_noise
 from adrec.respacing import Steps
 from compress.rounding import finish_training, prepare_training, quantized_linear
@@ -31,23 +31,32 @@ AUTO_ROWS = 128
 """
 _GROUP = 32
 _STAGE = "quantize"
+_ON_A_CPU = {
+    "int4": "weights are unpacked to float32 when the run is loaded, so that the file is smaller and serving no faster",
+    "fp8": "weights are unpacked to float32 when the run is loaded, so that the file is smaller and serving no faster",
+    "fp8-dynamic": "inputs are rounded too, and multiplied in float32, so that serving is slower; a GPU of compute"
+    " capability 8.9 or newer multiplies fp8",
+}
 
 
 class QuantizeConfig(Technique):
     """Store linear layers in int8, int4, fp8 or bf16, and compute with integers where that is asked for and pays.
 
-    format, compute: see `LayerFormat`. auto stores int8. Layers to which a request of ``users`` users gives 128 rows or
-    more compute in bfloat16 on a CPU with instructions for it, which is about as fast as integers, and nearer; else
-    with integers on a CPU with VNNI instructions; all others in float32.
+    format, compute: see `LayerFormat`. fp8-dynamic is for GPUs that multiply fp8. auto stores int8: layers to which a
+    request of ``users`` users gives 128 rows or more compute in bfloat16 on a CPU with instructions for it, which is
+    about as fast as integers, and nearer; else with integers on a CPU with VNNI instructions; all others in float32.
     """
 
     technique: Literal["quantize"] = "quantize"
-    format: LayerFormatName | Literal["auto"] = "int8"
+    format: Literal[LayerFormatName, "auto"] = "int8"
     group_size: int | None = Field(None, ge=2, description="inputs that share a scale, int4 only; none: 32")
     compute: Literal["float32", "bfloat16"] = "float32"
     users: int | None = Field(None, ge=1, description="users of a typical request, which auto needs")
     min_sqnr: float = Field(
         30.0, description="a layer is skipped where its rounding alone leaves less signal to noise in x0_hat, dB"
+    )
+    fallback: Literal["int8", "bf16"] | None = Field(
+        None, description="tried for a layer that format would be too coarse for; null: it stays in float32"
     )
     calibration_users: int = Field(256, ge=1, description="validation histories that measure it")
     fine_tune_epochs: int = Field(0, ge=0, description="epochs of training with rounded weights; 0: none")
@@ -57,9 +66,11 @@ class QuantizeConfig(Technique):
     def _consistent(self) -> QuantizeConfig:
         if self.group_size is not None and self.format != "int4":
             raise ValueError(f"group_size is {self.group_size}, but only int4 has groups; leave it out")
+        if self.fallback == storage(self.format):
+            raise ValueError(f"fallback is {self.fallback}, which is what '{self.format}' stores; leave it out")
         if self.format == "auto" and self.users is None:
             raise ValueError("format auto needs users, the users of a typical request")
-        if self.format in ("auto", "int8-dynamic") and self.compute != "float32":
+        if self.format in ("auto", "int8-dynamic", "fp8-dynamic") and self.compute != "float32":
             raise ValueError(f"compute is {self.compute}, but {self.format} says itself how it computes; leave it out")
         return self
 
@@ -73,6 +84,11 @@ class QuantizeConfig(Technique):
         if self.users < AUTO_ROWS or _once_a_table(name) or not (has_bf16() or has_vnni()):
             return LayerFormat(format="int8")
         return LayerFormat(format="int8", compute="bfloat16") if has_bf16() else LayerFormat(format="int8-dynamic")
+
+    def formats(self, name: str) -> list[LayerFormat]:
+        """The formats that a layer may get, first choice first."""
+        coarser = [] if self.fallback is None else [LayerFormat(format=self.fallback, compute=self.compute)]
+        return [self.layer_format(name), *coarser]
 
 
 def has_vnni() -> bool:
@@ -118,6 +134,8 @@ def apply(draft: Draft, config: QuantizeConfig) -> Receipt:
         notes.append(f"all layers together leave {together:.1f} dB in x0_hat of {exact.shape[0]} validation histories")
     if config.format == "auto":
         notes.append(_why(config))
+    if config.format in _ON_A_CPU:
+        notes.append(f"a CPU has no product with {storage(config.format)}: {_ON_A_CPU[config.format]}")
     receipt = Receipt(
         settings=config.model_dump(mode="json"),
         changed=tuple(changes),
@@ -165,27 +183,34 @@ def _choose(
     calibration = None if draft.dataset is None else _Calibration.of(draft, config)
     exact = None if calibration is None else calibration.outputs(model)
     for name, layer in linear_layers(model).items():
-        layer_format = config.layer_format(name)
-        try:
-            rounded = quantized_linear(layer, layer_format)
-        except (CompressionError, ConfigError) as error:
-            raise CompressionError(f"layer {name}: {error}") from None
-        detail: dict[str, float | int | str] = {"sqnr_db": round(sqnr_db(layer.weight, rounded.weight), 2)}
-        if calibration is not None and exact is not None:
-            model.set_submodule(name, rounded)
-            left = sqnr_db(exact, calibration.outputs(model))
-            model.set_submodule(name, layer)
-            detail["output_sqnr_db"] = round(left, 2)
-            if left < config.min_sqnr:
-                why = (
-                    f"{layer_format.format} leaves {left:.1f} dB in x0_hat, less than {config.min_sqnr:g} (min_sqnr);"
-                    f" the weights themselves keep {detail['sqnr_db']} dB"
-                )
-                skips.append(Skip(what=name, why=why))
-                continue
-        formats[name] = layer_format
-        computed = "" if layer_format.compute == "float32" else f", computed in {layer_format.compute}"
-        changes.append(Change(what=name, before="float32", after=layer_format.format + computed, detail=detail))
+        detail: dict[str, float | int | str] = {}
+        reasons = []
+        for layer_format in config.formats(name):
+            try:
+                rounded = quantized_linear(layer, layer_format)
+            except (CompressionError, ConfigError) as error:
+                raise CompressionError(f"layer {name}: {error}") from None
+            own = round(sqnr_db(layer.weight, rounded.weight), 2)
+            measured: dict[str, float | int | str] = {"sqnr_db": own}
+            if calibration is not None and exact is not None:
+                model.set_submodule(name, rounded)
+                left = sqnr_db(exact, calibration.outputs(model))
+                model.set_submodule(name, layer)
+                measured["output_sqnr_db"] = round(left, 2)
+                if left < config.min_sqnr:
+                    reasons.append(
+                        f"{layer_format.format} leaves {left:.1f} dB in x0_hat, less than {config.min_sqnr:g}"
+                        f" (min_sqnr); the weights themselves keep {own} dB"
+                    )
+                    detail[f"output_sqnr_db in {layer_format.format}"] = round(left, 2)
+                    continue
+            formats[name] = layer_format
+            computed = "" if layer_format.compute == "float32" else f", computed in {layer_format.compute}"
+            after = layer_format.format + computed
+            changes.append(Change(what=name, before="float32", after=after, detail=measured | detail))
+            break
+        else:
+            skips.append(Skip(what=name, why="; ".join(reasons)))
     return changes, skips, formats
 
 

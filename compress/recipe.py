@@ -155,8 +155,10 @@ def read_recipe(source: str, assignments: Iterable[str] = ()) -> Recipe:
         stages = values["stages"] = [{"technique": stage} if isinstance(stage, str) else stage for stage in stages]
     for assignment in assignments:
         _assign(values, stages if isinstance(stages, list) else [], assignment, where)
-    if "stages" in values:
-        values["stages"] = read_stages(values["stages"], where)
+    if stages is None or stages == []:
+        names = ", ".join(techniques())
+        raise ConfigError(f"{where}: names no stages; add a list `stages`, `- technique: NAME` each, one of {names}")
+    values["stages"] = read_stages(values["stages"], where)
     return parse(Recipe, values, where)
 
 

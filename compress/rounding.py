@@ -52,7 +52,8 @@ def _settings(quantization: Any, layer_format: LayerFormat) -> Any:
         return quantization.Int8WeightOnlyConfig(set_inductor_config=False)
     if layer_format.format == "int8-dynamic":
         return quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    if layer_format.format == "fp8":
+    if layer_format.format in ("fp8", "fp8-dynamic"):
+        # torchao's dynamic configuration refuses machines that cannot multiply fp8; it stores the same numbers.
         return quantization.Float8WeightOnlyConfig(set_inductor_config=False)
     # Int4WeightOnlyConfig packs for one GPU kernel each; this gives the plain numbers.
     group = quantization.PerGroup(layer_format.group_size)

@@ -66,7 +66,7 @@ class Search:
                 return f"{other} already loses {record.loss:.2f} %"
             alike = other.model_copy(update={"steps": candidate.steps}) == candidate
             if alike and other.steps < candidate.steps and record.loss <= self.max_loss:
-                return f"{other.steps} step{'s' if other.steps != 1 else ''} keep the accuracy"
+                return f"{other.steps} step{' keeps' if other.steps == 1 else 's keep'} the accuracy"
         return None
 
     def _look_at(self, candidate: Candidate, known: CandidateRecord | None) -> CandidateRecord:
@@ -98,6 +98,7 @@ class Search:
     def choose(self, records: Sequence[CandidateRecord]) -> CandidateRecord:
         """The cheapest record that keeps the accuracy within the budget: of those not surely slower, the smallest.
 
+        Surely slower is one whose whole interval of time lies above that of another such record, whichever that is.
         Raises CompressionError naming the nearest candidate, and by how much it misses.
         """
         measured = [record for record in records if record.status == "measured"]
@@ -114,18 +115,50 @@ class Search:
             )
         meeting = [record for record in keeping if self.budget.met(record.timings)]
         if meeting:
-            _, _, longest = self.time(min(meeting, key=self.time))
+            longest = min(self.time(record)[2] for record in meeting)
             equally_fast = [record for record in meeting if self.time(record)[1] <= longest]
             return min(equally_fast, key=lambda each: (each.bytes, self.time(each)))
         record = min(keeping, key=lambda each: self.budget.worst(each.timings)[1])
+        raise CompressionError(
+            f"no candidate that keeps the accuracy meets the budget; the nearest is {record.candidate} with"
+            f" {self._miss(record)}. Relax the budget, or allow a larger --max-loss"
+        )
+
+    def judge(self, records: Iterable[CandidateRecord], chosen: CandidateRecord | None) -> list[CandidateRecord]:
+        """The records, those that were measured with why they are the choice or are not in their ``detail``.
+
+        chosen: what `choose` returned; None where it found nothing.
+        """
+        return [
+            record.model_copy(update={"detail": self._verdict(record, chosen)})
+            if record.status == "measured"
+            else record
+            for record in records
+        ]
+
+    def _verdict(self, record: CandidateRecord, chosen: CandidateRecord | None) -> str:
+        if chosen is not None and record.candidate == chosen.candidate:
+            return "chosen"
+        if record.loss > self.max_loss:
+            return f"loses {record.loss:.2f} % of the validation {METRIC}; allowed: {self.max_loss:g} %"
+        if not self.budget.met(record.timings):
+            return self._miss(record)
+        if chosen is None:
+            return ""
+        batch = self.budget.batches[0]
+        times = self.time(record)[0] / self.time(chosen)[0]
+        if self.time(record)[1] > self.time(chosen)[2]:
+            return f"takes {times:.2f} times as long as the choice at batch {batch}"
+        if record.bytes > chosen.bytes:
+            larger = record.bytes / chosen.bytes
+            return f"not surely faster than the choice at batch {batch}, and {larger:.2f} times as large"
+        return f"another that keeps the accuracy is surely faster at batch {batch}"
+
+    def _miss(self, record: CandidateRecord) -> str:
         term, excess = self.budget.worst(record.timings)
         value = term.reached(record.timings[term.batch])
         unit = "users/s" if term.quantity == "throughput" else "ms"
-        raise CompressionError(
-            f"no candidate that keeps the accuracy meets the budget; the nearest is {record.candidate} with"
-            f" {term.quantity} {value:.4g} {unit} at batch {term.batch}, {100.0 * excess:.0f} % beyond {term}."
-            " Relax the budget, or allow a larger --max-loss"
-        )
+        return f"{term.quantity} {value:.4g} {unit} at batch {term.batch}, {100.0 * excess:.0f} % beyond {term}"
 
     def front(self, records: Iterable[CandidateRecord]) -> list[CandidateRecord]:
         """Measured records that no other beats in both time and kept accuracy, from fast to slow."""

@@ -9,24 +9,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adrec.checkpoint import RUN_FILE, Run, load_run
-from adrec.config import ModelConfig
+from adrec.config import ModelConfig, parse
 from adrec.data.dataset import Dataset
 from adrec.errors import ConfigError, nearest
 from compress.api import compress_, compression_of, draft_of, read_compression, write_compressed
 from compress.candidates import Option, Space
 from compress.recipe import Recipe, entry_of, read_stages
-from compress.technique import Draft, Receipt, Technique
+from compress.technique import CompressionError, Draft, Receipt, Technique
 
 KEEP_ALL = 99.9
 TEACHER = "teacher"
+AUTO = "auto"
+_TABLE: dict[str, object] = {"technique": "item_table"}
+_BF16_TABLE: dict[str, object] = {"technique": "item_table", "format": "bf16"}
 PRECISIONS: dict[str, list[dict[str, object]]] = {
     "float32": [],
-    "int8 table": [{"technique": "item_table"}],
+    "bf16 table": [_BF16_TABLE],
+    "int8 table": [_TABLE],
     "int8 weights": [{"technique": "quantize"}],
-    "int8": [{"technique": "quantize"}, {"technique": "item_table"}],
-    "int8 dynamic": [{"technique": "quantize", "format": "int8-dynamic"}, {"technique": "item_table"}],
+    "bf16": [{"technique": "quantize", "format": "bf16", "compute": "bfloat16"}, _BF16_TABLE],
+    "int8": [{"technique": "quantize"}, _TABLE],
+    "int8 bf16": [{"technique": "quantize", "compute": "bfloat16"}, _TABLE],
+    "int8 dynamic": [{"technique": "quantize", "format": "int8-dynamic"}, _TABLE],
+    "int4": [{"technique": "quantize", "format": "int4", "fallback": "int8"}, _TABLE],
 }
-"""Stages of each precision, by the name that commands take."""
+"""Stages of each precision, by the name that commands take.
+
+bf16: stored and computed in it. int8 bf16: stored in int8, computed in bfloat16. int8 dynamic: computed with integers.
+int4: layers that bear it, others in int8.
+"""
 
 Made = tuple[Draft, tuple[Receipt, ...]]
 
@@ -96,13 +107,15 @@ def space_of(
 ) -> Space:
     """The candidates that commands name: ``teacher`` or ``E+D`` blocks, precisions, step counts and engines.
 
+    precisions: of `PRECISIONS`, or auto, which is all of them: so that the choice, which is never one that is surely
+    slower than another that keeps the accuracy, has been held against float32 and bf16 at the batch sizes asked for.
     Raises ConfigError naming what is unknown, or outside of what the model has.
     """
     for name in precisions:
-        if name not in PRECISIONS:
-            allowed = ", ".join(PRECISIONS)
-            raise ConfigError(f"--precisions holds '{name}'{nearest(name, PRECISIONS)}; allowed: {allowed}")
-    stages = {name: read_stages(PRECISIONS[name]) for name in PRECISIONS if name in precisions}
+        if name not in (AUTO, *PRECISIONS):
+            allowed = ", ".join((AUTO, *PRECISIONS))
+            raise ConfigError(f"--precisions holds '{name}'{nearest(name, (AUTO, *PRECISIONS))}; allowed: {allowed}")
+    stages = {name: read_stages(PRECISIONS[name]) for name in PRECISIONS if {name, AUTO} & set(precisions)}
     return Space(
         students=tuple(_student_options(model, students)),
         precisions=tuple(
@@ -144,9 +157,22 @@ def _student_options(model: ModelConfig, students: Sequence[str]) -> list[Option
     # Deeper ones first, so that what a smaller one adds to the loss is known.
     for name, (encoder, denoiser) in sorted(blocks.items(), key=lambda each: [-part for part in each[1]]):
         deeper = {other for other, size in blocks.items() if size[0] >= encoder and size[1] >= denoiser}
-        values = {"technique": "student", "encoder_blocks": encoder, "denoiser_blocks": denoiser}
-        own = () if name == TEACHER else read_stages([values])
+        own = () if name == TEACHER else (_student(model, name, encoder, denoiser),)
         # A student is taught for one step, if it has any.
         steps = None if name == TEACHER else min(denoiser, 1)
         options.append(Option(name, own, frozenset(deeper - {name}), steps))
     return options
+
+
+def _student(model: ModelConfig, name: str, encoder: int, denoiser: int) -> Technique:
+    # At use: students bring Lightning with them.
+    from compress.student import StudentConfig, student_config
+
+    values = {"encoder_blocks": encoder, "denoiser_blocks": denoiser}
+    stage = parse(StudentConfig, values, f"--students holds '{name}'")
+    try:
+        # What cannot be made must be refused before anything is measured.
+        student_config(model, stage)
+    except CompressionError as error:
+        raise ConfigError(f"--students holds '{name}': {error}") from None
+    return stage

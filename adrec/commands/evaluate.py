@@ -18,6 +18,7 @@ from adrec.commands.options import chosen, integers
 if TYPE_CHECKING:
     from adrec.checkpoint import Run
     from adrec.config import RunConfig, ServingConfig
+    from adrec.source import Source
 
 HEAD = ("system", "steps", "sampler", "seed", "own items", "group", "users")
 EXCLUSIONS = {"keep": (False,), "exclude": (True,), "both": (False, True)}
@@ -41,6 +42,10 @@ def evaluate(
     ] = "ddpm",
     eta: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of ddim: 0 is deterministic.")] = 0.0,
     start: Annotated[str, typer.Option(help="x_T of each sampler: noise, zero (its mean), or noise,zero.")] = "noise",
+    until_stable: Annotated[
+        int | None,
+        typer.Option(min=1, help="Add rows that stop a user's steps once the best so many items stay the same."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="Engine that computes.")] = "cached",
     seeds: Annotated[str, typer.Option(help="Seeds of the sampling noise, one row each.")] = "0",
     history: Annotated[
@@ -49,6 +54,10 @@ def evaluate(
     strata: Annotated[bool, typer.Option("--strata", help="Add rows by item popularity and history length.")] = False,
     baseline: Annotated[
         Path | None, typer.Option(help="SASRec+ run to compare with (default: that of stage 1 in the run).")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Run that a compressed RUN was made of, to say what is kept (default: where it was)."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Users at a time.")] = 512,
@@ -61,6 +70,7 @@ def evaluate(
     from adrec.devices import check_device
     from adrec.errors import ConfigError, nearest
     from adrec.files import check_output, write_text
+    from adrec.source import named_source, reachable_source, recorded_source
 
     if history not in EXCLUSIONS:
         raise ConfigError(f"--history is '{history}'{nearest(history, EXCLUSIONS)}; allowed: {', '.join(EXCLUSIONS)}")
@@ -71,12 +81,17 @@ def evaluate(
     check_device(device)
     loaded = load_run(run, device)
     beside = loaded.baseline() if baseline is None else load_baseline(baseline, loaded)
-    wanted = plans(loaded.settings, steps, sampler, eta, start)
+    recorded = recorded_source(loaded)
+    if source is not None:
+        made_of: Run | None = named_source(loaded, source, device)
+    else:
+        made_of = None if recorded is None else reachable_source(loaded, recorded, device)
+    wanted = plans(loaded.settings, steps, sampler, eta, start, until_stable)
     draws = integers(seeds, "--seeds", 0, 2**31 - 1)
     chosen: Split = "test" if split == "test" else "validation"
     dataset = open_data(loaded, data)
     comparison = Comparison(
-        loaded, beside, dataset, chosen, wanted, draws, engine, EXCLUSIONS[history], strata, batch_size
+        loaded, beside, dataset, chosen, wanted, draws, engine, EXCLUSIONS[history], strata, batch_size, made_of
     )
     with Progress(transient=True) as progress:
         task = progress.add_task("evaluating", total=None)
@@ -89,17 +104,28 @@ def evaluate(
     if beside is None and loaded.settings.model.model == "adrec":
         note = "no sasrec+ row: the run holds no baseline; name a SASRec+ run with --baseline RUN"
         console.print(note, soft_wrap=True)
+    if made_of is not None:
+        console.print(f"source: {made_of.path}, the run that this one was made of", markup=False, soft_wrap=True)
+    elif recorded is not None:
+        console.print(_stored(recorded), markup=False, soft_wrap=True)
     if output is not None:
-        content = {"run": str(run), "dataset": dataset.name, "split": split, "rows": rows}
+        content: dict[str, Any] = {"run": str(run), "dataset": dataset.name, "split": split, "rows": rows}
+        if recorded is not None:
+            content["source"] = recorded.model_dump(mode="json") | {"evaluated": made_of is not None}
         write_text(output, json.dumps(content, indent=2) + "\n")
         console.print(f"written to {output}")
 
 
-def plans(settings: RunConfig, steps: str | None, samplers: str, eta: float, starts: str) -> list[int | ServingConfig]:
-    """What is compared: every sampler and start at every step count, evenly spaced; without steps as it is served."""
+def plans(
+    settings: RunConfig, steps: str | None, samplers: str, eta: float, starts: str, until_stable: int | None = None
+) -> list[int | ServingConfig]:
+    """What is compared: every sampler and start at every step count, evenly spaced; without steps as it is served.
+
+    until_stable: K of plans that stop early, which are added to those of 3 steps or more: fewer can save nothing.
+    """
     from typing import get_args
 
-    from adrec.config import Sampler, ServingConfig
+    from adrec.config import EarlyStop, Sampler, ServingConfig
     from adrec.errors import ConfigError
     from adrec.schedule import spaced_times
 
@@ -108,8 +134,13 @@ def plans(settings: RunConfig, steps: str | None, samplers: str, eta: float, sta
     origins = chosen(starts, "--start", ("noise", "zero"))
     if eta and "ddim" not in names:
         raise ConfigError(f"--eta is {eta}, but only --sampler ddim has one")
-    if (names, origins) != (["ddpm"], ["noise"]):
+    if until_stable is not None and until_stable > settings.model.items:
+        raise ConfigError(
+            f"--until-stable is {until_stable}; allowed: 1 to {settings.model.items}, the size of the catalogue"
+        )
+    if (names, origins) != (["ddpm"], ["noise"]) or until_stable is not None:
         given = f"--sampler {samplers} --start {starts}"
+        given += "" if until_stable is None else f" --until-stable {until_stable}"
         if settings.model.model != "adrec":
             raise ConfigError(f"{given}: a '{settings.model.model}' run has no reverse steps; leave them out")
         if steps is None:
@@ -123,6 +154,8 @@ def plans(settings: RunConfig, steps: str | None, samplers: str, eta: float, sta
             plan["times"] = spaced_times(trained, count).tolist()
             plain = (name, start) == ("ddpm", "noise")
             found.append(count if plain else ServingConfig.model_validate(plan))
+            if until_stable is not None and count > 2:
+                found.append(ServingConfig.model_validate(plan | {"early_stop": EarlyStop(top=until_stable)}))
     return found
 
 
@@ -145,11 +178,25 @@ def load_baseline(path: Path, run: Run) -> Run:
     return found
 
 
+def _stored(source: Source) -> str:
+    kept = source.validation_kept
+    known = (
+        "what it kept was not measured then"
+        if kept is None
+        else f"as its receipt stored it then, not measured now, it kept {kept.value:.2f} % [{kept.low:.2f},"
+        f" {kept.high:.2f}] of that run's validation NDCG@20"
+    )
+    return (
+        f"source: {source.run}, the run that this one was made of, is not there or has changed; {known}. Name it with"
+        " --source RUN to compare"
+    )
+
+
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    from adrec.comparison import KEPT
+    from adrec.comparison import KEPT, OF_SOURCE
     from adrec.evaluation import METRICS
 
-    kept = (KEPT,) if any(row.get(KEPT) for row in rows) else ()
+    kept = tuple(name for name in (KEPT, OF_SOURCE) if any(row.get(name) for row in rows))
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for column in (*HEAD, *METRICS, *kept):
         left = column in ("system", "sampler", "group")

@@ -30,6 +30,9 @@ def recommend(
     exclude_history: Annotated[bool, typer.Option("--exclude-history", help="Leave out the user's own items.")] = False,
     separator: Annotated[str, typer.Option(help="Between the ids of a CSV history.")] = " ",
     engine: Annotated[str, typer.Option(help="Engine that computes.")] = "cached",
+    exported: Annotated[
+        Path | None, typer.Option(help="Folder of `adrec export`, for onnxruntime, tensorrt and aotinductor.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Users at a time.")] = 512,
 ) -> None:
@@ -49,7 +52,7 @@ def recommend(
     file_format(out, "--out")
     check_output(out, "--out")
     file_format(source, "--input")
-    recommender = Recommender.load(run, engine, device)
+    recommender = Recommender.load(run, engine, device, exported)
     options: dict[str, Any] = {
         "steps": steps or "run",
         "seed": seed,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from adrec.engines.aotinductor import AotInductorEngine
 from adrec.engines.base import Engine, TopK
 from adrec.engines.cached import CachedEngine
+from adrec.engines.exported_engine import ExportedEngine
 from adrec.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeInt8Engine
 from adrec.engines.reference import ReferenceEngine
+from adrec.engines.tensorrt.engine import TensorRTEngine, TensorRTFloat16Engine
 from adrec.engines.triton import TritonBFloat16Engine, TritonEngine, TritonFloat16Engine
 from adrec.errors import ConfigError, nearest
 from adrec.models.base import SequenceModel
@@ -22,6 +26,8 @@ _KINDS: tuple[type[Engine], ...] = (
     OnnxRuntimeEngine,
     OnnxRuntimeInt8Engine,
     AotInductorEngine,
+    TensorRTEngine,
+    TensorRTFloat16Engine,
 )
 ENGINES: dict[str, type[Engine]] = {kind.name: kind for kind in _KINDS}
 
@@ -35,11 +41,20 @@ def exact_engines(device: torch.device) -> list[str]:
     ]
 
 
-def make_engine(name: str, model: SequenceModel) -> Engine:
-    """Create an engine by name; raises ConfigError with the nearest name for an unknown one."""
+def make_engine(name: str, model: SequenceModel, folder: Path | None = None) -> Engine:
+    """Create an engine by name; raises ConfigError with the nearest name for an unknown one.
+
+    folder: of `adrec export`, whose files an engine that reads some runs, in its own precision or, for those in
+    float32, in the folder's first; without it such an engine makes its own.
+    """
     if name not in ENGINES:
         raise ConfigError(f"unknown engine '{name}'{nearest(name, ENGINES)}; allowed: {', '.join(ENGINES)}")
-    return ENGINES[name](model)
+    kind = ENGINES[name]
+    if folder is None:
+        return kind(model)
+    if not issubclass(kind, ExportedEngine):
+        raise ConfigError(f"engine '{name}' reads no exported folder, so {folder} is of no use to it; leave it out")
+    return kind.from_export(folder, model, precision=None if kind.precision == "fp32" else kind.precision)
 
 
 __all__ = [
@@ -49,6 +64,7 @@ __all__ = [
     "Engine",
     "OnnxRuntimeEngine",
     "ReferenceEngine",
+    "TensorRTEngine",
     "TopK",
     "TritonEngine",
     "exact_engines",

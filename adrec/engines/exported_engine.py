@@ -69,6 +69,8 @@ class ExportedEngine(Engine):
     format: ClassVar[GraphFormat]
     features = frozenset[PlanFeature]({"sampler dpm++2m", "start zero"})
     exports = True
+    exporter: ClassVar[str | None] = None
+    """What makes a file where no folder is given; None: the exporter of the format."""
     loops: ClassVar[bool] = False
     """Whether many steps are exported as a loop."""
     narrowest: ClassVar[int] = 1
@@ -175,12 +177,18 @@ class ExportedEngine(Engine):
         for group, histories in zip(state.rows, state.histories, strict=True):
             for part in torch.arange(len(group)).split(self.most_users(session) or len(group)):
                 rows = group[part]
-                inputs = request_inputs(graph, histories.select(part), table, noise, rows, self.model, self.narrowest)
+                chosen = histories.select(part)
+                columns = self.columns(session, len(part), int(chosen.lengths.max()))
+                inputs = request_inputs(graph, chosen, table, noise, rows, self.model, columns)
                 yield rows, self.run(graph, session, inputs, outputs)
 
     def most_users(self, session: Any) -> int | None:
         """Users that a run takes at most; None: any number."""
         return None
+
+    def columns(self, session: Any, users: int, longest: int) -> int:
+        """Width of the rectangle that a run of ``users`` histories is given; ``longest`` or more changes no result."""
+        return max(self.narrowest, longest)
 
     def session(self, table: DiffusionTable | None) -> tuple[GraphFile, Any]:
         """The graph that runs a table, and its session. Raises ConfigError where the folder has none."""
@@ -215,7 +223,9 @@ class ExportedEngine(Engine):
         if self.folder is not None and self._manifest is not None:
             return self.folder, self._manifest
         loop = self.loops and isinstance(steps, int) and steps > MOST_UNROLLED
-        return export_for(self.format, self.model, self.fingerprint, None if loop else steps, loop, self.precision)
+        return export_for(
+            self.exporter or self.format, self.model, self.fingerprint, None if loop else steps, loop, self.precision
+        )
 
     def _check_model(self, manifest: Manifest, folder: Path) -> None:
         if manifest.model_fingerprint != self.fingerprint:
@@ -232,14 +242,17 @@ def request_inputs(
     noise: PhiloxNoise | ExplicitNoise,
     rows: Tensor,
     model: SequenceModel,
-    narrowest: int = 1,
+    columns: int,
 ) -> dict[str, np.ndarray]:
-    """What a graph is given for one group. rows: the group's rows `[U]` in the noise. narrowest: least columns."""
-    names = {spec.name for spec in graph.inputs}
-    inputs = {
-        "histories": histories.padded(max(narrowest, int(histories.lengths.max()))).numpy(),
-        "lengths": histories.lengths.numpy(),
-    }
+    """What a graph is given for one group. rows: the group's rows `[U]` in the noise. columns: longest or more."""
+    kinds = {spec.name: spec.dtype for spec in graph.inputs}
+    names = set(kinds)
+    items, inputs = histories.padded(columns), {"lengths": histories.lengths.numpy()}
+    if "histories" in names:
+        inputs["histories"] = items.numpy()
+    if "embedded" in names:
+        rows_of_table = model.table.detach().cpu()[items]
+        inputs["embedded"] = rows_of_table.to(getattr(torch, kinds["embedded"])).numpy()
     if "noise" in names and table is not None:
         source = noise.select(rows.to(noise.values.device if isinstance(noise, ExplicitNoise) else "cpu"))
         drawn = torch.zeros(table.steps + 1, len(histories), model.config.width)
@@ -251,11 +264,10 @@ def request_inputs(
                 drawn[table.steps - row] = source(table.steps - row)
         inputs["noise"] = drawn.numpy()
     if "times" in names and table is not None:
-        columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
-        inputs |= {"times": table.time.numpy(), "coefficients": columns.contiguous().numpy()}
+        coefficients = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
+        inputs |= {"times": table.time.numpy(), "coefficients": coefficients.contiguous().numpy()}
     if "table" in names:
-        kind = next(spec.dtype for spec in graph.inputs if spec.name == "table")
-        inputs["table"] = model.table.detach().cpu().to(getattr(torch, kind)).numpy()
+        inputs["table"] = model.table.detach().cpu().to(getattr(torch, kinds["table"])).numpy()
     return inputs
 
 
@@ -280,13 +292,13 @@ def group_bounds(lengths: tuple[int, ...], run_tokens: float) -> tuple[int, ...]
 
 
 def export_for(
-    format: GraphFormat, model: SequenceModel, fingerprint: str, steps: Steps, loop: bool, precision: Precision
+    exporter: str, model: SequenceModel, fingerprint: str, steps: Steps, loop: bool, precision: Precision
 ) -> tuple[Path, Manifest]:
     """Export the graph of a plan into the cache folder, or find it there; returns its folder and manifest."""
     exporters = {entry.name: entry for entry in entry_points(group=EXPORTERS)}
-    if format not in exporters:
+    if exporter not in exporters:
         raise NotSupportedError("this installation exports nothing: install adrec as a whole (pip install .)")
-    export: Callable[..., Path] = exporters[format].load()
+    export: Callable[..., Path] = exporters[exporter].load()
     folder = export(model, cache_folder() / fingerprint[:32], steps=steps, loop=loop, precision=precision, k=RESULTS)
     return folder, load_manifest(folder)
 

@@ -1,6 +1,7 @@
 """ONNX Runtime as an engine.
 
-Providers are asked for by name and must be there: ONNX Runtime's own way is to take the next one without a word.
+Providers are asked for by name, must be there, and must run every node but those on sizes: ONNX Runtime's own way is to
+take the next one without a word.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adrec.engines.exported import ExportError, GraphFile, GraphFormat, Precision
 from adrec.engines.exported_engine import ExportedEngine
+from adrec.engines.onnx_placement import RECORD, check_placement
 from adrec.errors import ConfigError, NotSupportedError, nearest
 from adrec.models.base import SequenceModel
 
@@ -120,7 +122,10 @@ def check_provider(runtime: ModuleType, name: str) -> str:
 def make_session(
     runtime: ModuleType, path: Path, provider: str, threads: int, provider_options: Mapping[str, str] | None = None
 ) -> Any:
-    """A session of one provider. Raises ExportError for a file it cannot read, or where it took another provider."""
+    """A session of one provider.
+
+    Raises ExportError for a file it cannot read, or where it took another provider, be it for some nodes.
+    """
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -128,10 +133,14 @@ def make_session(
     # Threads that wait for work by spinning keep the cores from torch's, and from those of other sessions: on two cores
     # a batch of 512 took two to three times as long.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if provider != PROVIDERS["cpu"]:
+        options.add_session_config_entry(RECORD, "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=[(provider, dict(provider_options or {}))])
     except Exception as error:
         raise ExportError(f"{path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
     if session.get_providers()[0] != provider:
         raise ExportError(f"{path}: ONNX Runtime runs it with {session.get_providers()[0]}, not with {provider}")
+    if provider != PROVIDERS["cpu"]:
+        check_placement(session, path, provider)
     return session

@@ -22,6 +22,8 @@ LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 _ROWS_AT_A_TIME = 512
 # torch multiplies int8 matrices of more than 16 rows, and of sizes that 8 divides, on CUDA devices.
 _CUDA_ROWS, _CUDA_MULTIPLE = 17, 8
+# It multiplies fp8 matrices of sizes that 16 divides, on those of compute capability 8.9 or newer.
+_FP8_MULTIPLE, FP8_CAPABILITY = 16, (8, 9)
 # What a row of zeros is divided by.
 _SMALLEST_PEAK = 1e-30
 
@@ -38,7 +40,7 @@ class Packed(NamedTuple):
 
 
 def storage(name: str) -> str:
-    """What a layer format stores: int8-dynamic stores int8."""
+    """What a layer format stores: int8-dynamic stores int8, fp8-dynamic fp8."""
     return name.removesuffix("-dynamic")
 
 
@@ -113,13 +115,14 @@ def sqnr_db(exact: Tensor, found: Tensor) -> float:
     return float(10.0 * torch.log10(exact.square().sum() / noise))
 
 
-def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row `[M, K]` to int8 with scale ``max|row| / 127``; returns int8 `[M, K]` and scale `[M, 1]`.
+def round_rows(rows: Tensor, name: str = "int8") -> tuple[Tensor, Tensor]:
+    """Round each row `[M, K]` to int8 or fp8 with scale ``max|row| / 127`` or ``/ 448``; the rows and scale `[M, 1]`.
 
     What a row becomes depends on nothing but the row.
     """
-    scale = rows.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST_PEAK).div_(LARGEST["int8"])
-    return (rows / scale).round_().to(torch.int8), scale
+    scale = rows.abs().amax(1, keepdim=True).clamp_min_(_SMALLEST_PEAK).div_(LARGEST[name])
+    values = rows / scale
+    return (values.round_().to(torch.int8) if name == "int8" else values.to(FLOAT8)), scale
 
 
 def int8_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -138,12 +141,36 @@ def int8_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
     return torch._int_mm(F.pad(rows, (0, 0, 0, missing)), matrix.T)[: rows.shape[0]]
 
 
+def fp8_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix.T`` of fp8 `[M, K]` and `[N, K]` in float32; on CUDA devices with their fp8 product.
+
+    Elsewhere the numbers are multiplied in float32, which is the same up to the order of the sum. Raises
+    NotSupportedError for a CUDA device without fp8, and for sizes it cannot multiply.
+    """
+    if rows.device.type != "cuda":
+        return rows.float() @ matrix.float().T
+    able = torch.cuda.get_device_capability(rows.device)
+    if able < FP8_CAPABILITY:
+        raise NotSupportedError(
+            f"fp8 products need compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}, this device has"
+            f" {able[0]}.{able[1]}. Quantise this run with 'fp8' instead of 'fp8-dynamic', or serve it on a CPU"
+        )
+    if matrix.shape[0] % _FP8_MULTIPLE or matrix.shape[1] % _FP8_MULTIPLE:
+        raise NotSupportedError(
+            f"a product with an fp8 matrix of {matrix.shape[0]} x {matrix.shape[1]} on a CUDA device; allowed:"
+            f" multiples of {_FP8_MULTIPLE}. Quantise this run with 'fp8' instead of 'fp8-dynamic'"
+        )
+    # Scales of rows are multiplied afterwards: with them the product itself gives no float32.
+    one = rows.new_ones((), dtype=torch.float32)
+    return torch._scaled_mm(rows, matrix.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+
+
 class QuantizedLinear(nn.Module):
     """``x W^T + b`` with W stored in a `LayerFormat`.
 
     ``weight`` is what the stored numbers stand for, in float32: whatever reads weights instead of calling the layer
-    (kernels, exporters) computes with those, without the rounding of inputs that int8-dynamic and bfloat16 add. Not for
-    training.
+    (kernels, exporters) computes with those, without the rounding of inputs that dynamic formats and bfloat16 add. Not
+    for training.
     """
 
     values: Tensor
@@ -170,8 +197,8 @@ class QuantizedLinear(nn.Module):
 
     @property
     def dynamic(self) -> bool:
-        """Whether inputs are rounded to int8."""
-        return self.format.format == "int8-dynamic"
+        """Whether inputs are rounded to what the weights are stored in."""
+        return self.format.format.endswith("-dynamic")
 
     @property
     def weight(self) -> Tensor:
@@ -198,8 +225,10 @@ class QuantizedLinear(nn.Module):
             # Adding the float32 bias lifts the product to float32.
             return F.linear(rows.to(self.dense.dtype), self.dense[first:]) + self.bias[first:]
         assert self.scale is not None
-        whole, row_scale = round_rows(rows)
-        product = torch.mul(int8_matmul(whole, self.values[first:]), row_scale)
+        name = storage(self.format.format)
+        rounded, row_scale = round_rows(rows, name)
+        multiply = int8_matmul if name == "int8" else fp8_matmul
+        product = torch.mul(multiply(rounded, self.values[first:]), row_scale)
         return torch.addcmul(self.bias[first:], product, self.scale[first:])
 
     def extra_repr(self) -> str:

@@ -138,8 +138,7 @@ def _pair(key: Key, old: Row, new: Row, bound: float, spread: float, allow_busy:
     elif old.error is not None and new.error is None:
         time = TimeChange(None, "works now", f"failed before: {old.error}")
     elif not old.rounds_ms or not new.rounds_ms:
-        both = f"both failed: {new.error}" if new.error else "no time in one of the files"
-        time = TimeChange(None, "not measured", both)
+        time = TimeChange(None, "not measured", _untimed(old, new))
     else:
         time = judge_times(old.rounds_ms, new.rounds_ms, bound, spread)
         overload = _overload(old) or _overload(new)
@@ -149,6 +148,15 @@ def _pair(key: Key, old: Row, new: Row, bound: float, spread: float, allow_busy:
     if old.accuracy and new.accuracy and METRIC in old.accuracy.metrics_percent:
         accuracy = compare_accuracy(old.accuracy, new.accuracy, METRIC, old.users == new.users)
     return Pair(key, old, new, time, accuracy)
+
+
+def _untimed(old: Row, new: Row) -> str:
+    if new.error:
+        return f"both failed: {new.error}"
+    for name, row in (("old", old), ("new", new)):
+        if not row.rounds_ms and row.tail_ms is not None:
+            return f"the {name} record is of an adrec that kept no rounds; measure it again"
+    return "no time in one of the files"
 
 
 def _overload(row: Row) -> str | None:

@@ -9,6 +9,7 @@ from functools import singledispatch
 from adrec.errors import DataError
 from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord
+from bench.compression.record import CompressRecord
 from bench.environment import Environment
 from bench.kernels.records import EngineRecord, KernelRecord, Measured, PathTiming
 from bench.profiling.record import ProfileRecord
@@ -49,9 +50,7 @@ def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
     """
     found: dict[Key, Row] = {}
     for record in records:
-        if isinstance(record, CalibrationRecord | ProfileRecord):
-            continue
-        for row in _points(record) if isinstance(record, ScalingRecord) else [row_of(record)]:
+        for row in rows_in(record):
             earlier = found.get(row.key)
             if earlier is not None and (differences := machine_differences(earlier, row)):
                 raise DataError(
@@ -60,6 +59,15 @@ def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
                 )
             found[row.key] = row
     return found
+
+
+def rows_in(record: AnyRecord) -> list[Row]:
+    """The rows of a record: one each for points of an axis and for batch sizes, none of a calibration or a profile."""
+    if isinstance(record, CalibrationRecord | ProfileRecord):
+        return []
+    if isinstance(record, ScalingRecord):
+        return list(_points(record))
+    return list(_sizes(record)) if isinstance(record, CompressRecord) else [row_of(record)]
 
 
 @singledispatch
@@ -183,6 +191,36 @@ def _points(record: ScalingRecord) -> Iterator[Row]:
             **sizes,
         )  # fmt: skip
         yield _measured(record, key, point.timing, point.error)
+
+
+def _sizes(record: CompressRecord) -> Iterator[Row]:
+    """A row for each batch size that was to be timed; one that was not has the record's error."""
+    accuracy = record.accuracy
+    for size in record.batch_sizes_users or [timing.batch_size_users for timing in record.timings]:
+        timing = record.timing(size)
+        yield Row(
+            key=_key(
+                network=record.network,
+                run=record.run_name,
+                steps=record.steps,
+                precision=record.precision,
+                engine=record.engine,
+                batch=size,
+                data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+                split=record.split,
+            ),
+            rounds_ms=tuple(timing.round_medians_ms) if timing else (),
+            tail_ms=timing.latency_ms_p95 if timing else None,
+            accuracy=None if accuracy is None else accuracy.as_of_tradeoff(),
+            error=None if timing and accuracy else record.error,
+            users=(record.dataset_fingerprint, record.split, str(accuracy.users if accuracy else 0)),
+            weights=record.model_fingerprint,
+            clock=record.protocol.clock,
+            device=record.protocol.device,
+            threads=record.protocol.threads,
+            environment=record.environment,
+            measured_at_utc=record.measured_at_utc,
+        )
 
 
 def _measured(record: Measured | ScalingRecord, key: Key, timing: PathTiming | None, error: str | None) -> Row:

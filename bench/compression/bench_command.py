@@ -39,12 +39,13 @@ def bench_compress(
     from adrec.checkpoint import load_run
     from adrec.commands.options import integers
     from adrec.data.of_run import open_data
-    from adrec.errors import ConfigError, RunError, nearest
+    from adrec.errors import ConfigError, nearest
     from adrec.files import check_output, write_text
     from bench.compression.held_against import REFERENCE, HeldAgainst
+    from bench.compression.networks import load_networks
     from bench.compression.receipts import wide_console
-    from bench.compression.record import csv_table, markdown_table
     from bench.compression.session import check_engines
+    from bench.compression.tables import csv_table, markdown_table
     from bench.environment import printable_command
     from bench.json_lines import json_line
     from bench.timing import TimingProtocol
@@ -66,13 +67,7 @@ def bench_compress(
             raise ConfigError(f"--precisions holds '{name}'{nearest(name, PRECISIONS)}; allowed: {allowed}")
     check_engines(chosen)
     teacher = load_run(run)
-    loaded = [load_run(path) for path in dict.fromkeys(networks or [])]
-    for other in loaded:
-        if other.dataset_fingerprint != teacher.dataset_fingerprint:
-            raise RunError(
-                f"--with {other.path}: was trained on '{other.info.dataset_name}', RUN on"
-                f" '{teacher.info.dataset_name}'; give runs of the same data set"
-            )
+    loaded = load_networks(teacher, networks or [], "--with")
     longest = teacher.config.timesteps if teacher.config.model == "adrec" else 1
     console = wide_console()
     errors = wide_console(stderr=True)

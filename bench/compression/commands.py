@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from compress.candidates import CandidateRecord
     from compress.technique import Receipt
 
 
@@ -38,8 +39,12 @@ def compress(
         str, typer.Option(help="Search: networks, 'teacher' or blocks of encoder+denoiser.")
     ] = "teacher,1+1,2+0",
     precisions: Annotated[
-        str, typer.Option(help="Search: float32, int8 table, int8 weights, int8, int8 dynamic.")
-    ] = "float32,int8 table,int8,int8 dynamic",
+        str,
+        typer.Option(
+            help="Search: auto (all), or some of float32, bf16 table, int8 table, int8 weights, bf16, int8, int8 bf16,"
+            " int8 dynamic, int4."
+        ),
+    ] = "auto",
     steps: Annotated[str, typer.Option(help="Search: reverse steps.")] = "1,2,4",
     engines: Annotated[str, typer.Option(help="Search: engines.")] = "cached",
     seconds: Annotated[
@@ -73,7 +78,7 @@ def compress(
     if settings:
         raise ConfigError("--set changes a recipe, and a search makes its own; name options of the search instead")
     lists = [[part.strip() for part in text.split(",")] for text in (students, precisions, engines)]
-    _search(run, out, budget, max_loss or "1%", data, seed, lists, steps, seconds, threads, not exhaustive, quiet)
+    _search(run, out, budget, max_loss, data, seed, lists, steps, seconds, threads, not exhaustive, quiet)
 
 
 def _follow(
@@ -89,10 +94,10 @@ def _follow(
     from bench.compression.receipts import receipt_table, wide_console
     from compress.api import compress_run
     from compress.recipe import read_recipe
-    from compress.technique import CompressionError
+    from compress.technique import CompressionError, percent
 
     console = wide_console()
-    assignments = settings if max_loss is None else [*settings, f"max_loss={max_loss}"]
+    assignments = settings if max_loss is None else [*settings, f"max_loss={percent(max_loss, '--max-loss')}"]
     wanted = read_recipe(recipe, assignments)
     done: list[Receipt] = []
 
@@ -116,7 +121,7 @@ def _search(
     run: Path,
     out: Path,
     budget: str,
-    max_loss: str,
+    max_loss: str | None,
     data: Path | None,
     seed: int,
     lists: list[list[str]],
@@ -134,6 +139,8 @@ def _search(
     from bench.timing import TimingProtocol
     from bench.tradeoff import pinned_threads
     from compress.budget import Budget
+    from compress.candidates import CandidateBook
+    from compress.recipe import MAX_LOSS
     from compress.technique import CompressionError, percent
     from compress.workshop import space_of
 
@@ -141,7 +148,7 @@ def _search(
     students, precisions, engines = lists
     check_engines(engines)
     check_search_folder(out)
-    limits, bound = Budget.parse(budget), percent(max_loss, "--max-loss")
+    limits, bound = Budget.parse(budget), MAX_LOSS if max_loss is None else percent(max_loss, "--max-loss")
     loaded = load_run(run)
     space = space_of(loaded.config, students, precisions, integers(steps, "--steps", 1, 4095), engines)
     dataset = open_data(loaded, data)
@@ -155,12 +162,25 @@ def _search(
     for record in records:
         if record.status == "failed":
             console.print(f"failed: {record.candidate}: {record.detail}", markup=False, soft_wrap=True)
+    book = CandidateBook(out / CANDIDATES)
+
+    def show(chosen: CandidateRecord | None) -> list[CandidateRecord]:
+        judged = search.judge(records, chosen)
+        for record in judged:
+            book.write(record)
+        chosen = next((record for record in judged if chosen and record.candidate == chosen.candidate), None)
+        console.print(front_table(search, judged, chosen))
+        return judged
+
     try:
         chosen = search.choose(records)
     except CompressionError:
-        console.print(front_table(search, records, None))
+        show(None)
         raise
-    console.print(front_table(search, records, chosen))
+    for record in show(chosen):
+        beside = record.candidate.model_copy(update={"precision": chosen.candidate.precision})
+        if record.status == "measured" and beside == chosen.candidate != record.candidate:
+            console.print(f"not chosen: {record.candidate}: {record.detail}", markup=False)
     for note in slower_notes(search, records):
         console.print(f"note: {note}", markup=False)
     made = session.write(chosen)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 
 from adrec.checkpoint import Run, model_fingerprint
 from adrec.data.dataset import Dataset, Examples
@@ -18,14 +17,17 @@ from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, step_count
 from bench.accuracy import RESULTS, estimates
+from bench.compression.networks import FLOAT, file_bytes, network_name, state_of, stored_precision
 from bench.compression.record import CompressAccuracy, CompressRecord, CompressTiming
 from bench.compression.stopwatch import Served, recommend
 from bench.environment import Environment, read_environment
+from bench.places import pack_places
 from bench.record import BASELINE_MODEL, Estimate, MeasuringProtocol
-from bench.subject import draw_batches
+from bench.subject import batch_count, draw_batches
 from bench.timing import (
     Call,
     Clock,
+    Report,
     Series,
     TimingProtocol,
     WallClock,
@@ -40,7 +42,6 @@ from compress.technique import METRIC
 from compress.workshop import PRECISIONS
 
 Role = Literal["teacher", "baseline", "candidate"]
-FLOAT = "float32"
 REFERENCE = "reference"
 CPU = torch.device("cpu")
 
@@ -74,7 +75,8 @@ class HeldAgainst:
     """Measures runs made from ``teacher``, and precisions of all of them, against the teacher at every trained step.
 
     networks: compressed runs of the same data set. steps: of the teacher's own rows. engines: of every row but the
-    `reference` one, which is the denominator of throughput.
+    `reference` one, which is the denominator of throughput. examples: of whom accuracy and latency are measured, by
+    default all of ``split``. report: progress of timing, in seconds.
     """
 
     teacher: Run
@@ -90,33 +92,40 @@ class HeldAgainst:
     seed: int = 0
     clock: Clock = field(default_factory=WallClock)
     progress: Callable[[str], None] = lambda line: None
+    examples: Examples | None = None
+    report: Report | None = None
 
-    def records(self) -> list[CompressRecord]:
-        """One record a row; a row that fails keeps its error."""
-        examples, environment = self.dataset.examples(self.split), read_environment()
-        rows = self.rows()
-        exact = self._evaluate(self.teacher.model, CachedEngine.name, None, examples)
+    def records(self, sizes: Sequence[int] | None = None) -> list[CompressRecord]:
+        """One record a row; a row that fails keeps its error. sizes: some of the batch sizes instead of all."""
+        environment, sizes = read_environment(), self.batch_sizes if sizes is None else sizes
+        rows, accuracies = self.rows, self.accuracies
+        timings = [self._timings(size) for size in sizes]
+        return [
+            self._record(row, accuracies[row.name], sizes, [each[row.name] for each in timings], environment)
+            for row in rows
+        ]
+
+    @cached_property
+    def accuracies(self) -> dict[str, CompressAccuracy | str]:
+        """Accuracy of each row by name, or the error that came instead; measured once."""
+        exact = self._evaluate(self.teacher.model, CachedEngine.name, None)
         teacher, every = id(self.teacher.model), self.teacher.config.timesteps
         known: dict[tuple[int, str, Steps], Evaluation] = {
             (teacher, CachedEngine.name, steps): exact for steps in (None, every)
         }
-        accuracies: dict[str, CompressAccuracy | str] = {}
-        for place, row in enumerate(rows, 1):
-            self.progress(f"accuracy, row {place} of {len(rows)}: {row.name}")
+        found: dict[str, CompressAccuracy | str] = {}
+        for place, row in enumerate(self.rows, 1):
+            self.progress(f"accuracy, row {place} of {len(self.rows)}: {row.name}")
             if isinstance(row.model, str):
-                accuracies[row.name] = row.model
+                found[row.name] = row.model
                 continue
             try:
-                accuracies[row.name] = self._accuracy(row, row.model, examples, exact, known)
+                found[row.name] = self._accuracy(row, row.model, exact, known)
             except Exception as error:
-                accuracies[row.name] = describe_error(error)
-        timings: dict[str, list[CompressTiming | str]] = {row.name: [] for row in rows}
-        for size in self.batch_sizes:
-            self.progress(f"latency of {len(rows)} rows, batch {size}")
-            for name, timing in self._timings(rows, examples, size).items():
-                timings[name].append(timing)
-        return [self._record(row, accuracies[row.name], timings[row.name], environment) for row in rows]
+                found[row.name] = describe_error(error)
+        return found
 
+    @cached_property
     def rows(self) -> list[Row]:
         """What is measured: `reference`, SASRec+, the teacher by steps, then every network by precision."""
         teacher, trained = self.teacher, None
@@ -131,11 +140,13 @@ class HeldAgainst:
                 for steps in sorted(self._teacher_steps(), reverse=True)
             ]
         for run in (teacher, *self.networks):
-            for precision in self.precisions:
+            stored = stored_precision(run)
+            # What is stored rounded cannot be rounded again: it is measured as it is.
+            for precision in self.precisions if stored == FLOAT else [stored]:
                 if run is teacher and precision == FLOAT:
                     continue
                 self.progress(f"{run.path.name}: {precision}")
-                made, skipped = self._in_precision(run, precision)
+                made, skipped = (run.model, []) if precision == stored else self._in_precision(run, precision)
                 steps = min(self._teacher_steps()) if run is teacher else _served(run)
                 rows += [
                     Row("candidate", network_name(run), run, precision, engine, steps, made, skipped)
@@ -144,6 +155,10 @@ class HeldAgainst:
                     if precision == FLOAT or not ENGINES[engine].exports
                 ]
         return rows
+
+    @cached_property
+    def _examples(self) -> Examples:
+        return self.dataset.examples(self.split) if self.examples is None else self.examples
 
     def _teacher_steps(self) -> set[int]:
         return {*self.steps, self.teacher.config.timesteps} if self.teacher.config.model == "adrec" else {1}
@@ -161,14 +176,13 @@ class HeldAgainst:
             return describe_error(error), skipped
         return draft.model, skipped
 
-    def _evaluate(self, model: SequenceModel, engine: str, steps: Steps, examples: Examples) -> Evaluation:
-        return evaluate(make_engine(engine, model), examples, steps=steps, seed=self.seed)
+    def _evaluate(self, model: SequenceModel, engine: str, steps: Steps) -> Evaluation:
+        return evaluate(make_engine(engine, model), self._examples, steps=steps, seed=self.seed)
 
     def _accuracy(
         self,
         row: Row,
         model: SequenceModel,
-        examples: Examples,
         exact: Evaluation,
         known: dict[tuple[int, str, Steps], Evaluation],
     ) -> CompressAccuracy:
@@ -176,7 +190,7 @@ class HeldAgainst:
         engine = CachedEngine.name if row.engine == REFERENCE else row.engine
         key = (id(model), engine, row.steps)
         if key not in known:
-            known[key] = self._evaluate(model, engine, row.steps, examples)
+            known[key] = self._evaluate(model, engine, row.steps)
         found = known[key]
         kept = kept_percent(found.ranks, exact.ranks)
         values = estimates(found)
@@ -187,10 +201,12 @@ class HeldAgainst:
             top20_overlap_fraction=float(top_overlap(found.top_items, exact.top_items).mean()),
             users=found.users,
             measured_with=engine,
+            places_base64=pack_places(found.ranks),
         )
 
-    def _timings(self, rows: Sequence[Row], examples: Examples, size: int) -> dict[str, CompressTiming | str]:
-        batches = draw_batches(examples.histories, size)
+    def _timings(self, size: int) -> dict[str, CompressTiming | str]:
+        rows, batches = self.rows, draw_batches(self._examples.histories, size)
+        self.progress(f"latency of {len(rows)} rows, batch {size}")
         calls: dict[str, Call] = {}
         found: dict[str, CompressTiming | str] = {}
         for row in rows:
@@ -202,7 +218,7 @@ class HeldAgainst:
                 calls[row.name] = partial(recommend, served, batches, self.seed)
             except Exception as error:
                 found[row.name] = describe_error(error)
-        series = measure_interleaved(calls, self.protocol, self.clock)
+        series = measure_interleaved(calls, self.protocol, self.clock, self.report)
         reference = next(row.name for row in rows if row.engine == REFERENCE)
         baselines = {row.engine: row.name for row in rows if row.role == "baseline"}
         for row in rows:
@@ -216,6 +232,7 @@ class HeldAgainst:
         self,
         row: Row,
         accuracy: CompressAccuracy | str,
+        sizes: Sequence[int],
         timings: Sequence[CompressTiming | str],
         environment: Environment,
     ) -> CompressRecord:
@@ -231,6 +248,7 @@ class HeldAgainst:
             engine=row.engine,
             split=self.split,
             accuracy=accuracy if isinstance(accuracy, CompressAccuracy) else None,
+            batch_sizes_users=list(sizes),
             timings=[timing for timing in timings if isinstance(timing, CompressTiming)],
             file_bytes=None if model is None or ENGINES[row.engine].exports else file_bytes(model),
             teacher_file_bytes=file_bytes(self.teacher.model),
@@ -244,33 +262,16 @@ class HeldAgainst:
                 warmup_calls=self.protocol.warmup_calls,
                 threads=environment.machine.threads,
                 device=str(CPU),
-                distinct_batches=len(draw_batches(self.dataset.examples(self.split).histories, max(self.batch_sizes))),
+                distinct_batches=batch_count(max(sizes)),
                 results_per_user=min(RESULTS, self.teacher.config.items),
             ),
             dataset_name=self.dataset.name,
             dataset_fingerprint=self.dataset.fingerprint,
-            model_fingerprint="" if model is None else model_fingerprint(_state(model)),
+            model_fingerprint="" if model is None else model_fingerprint(state_of(model)),
             run_fingerprint=self.teacher.fingerprint,
             environment=environment,
             command=self.command,
         )
-
-
-def network_name(run: Run) -> str:
-    """Blocks of encoder and denoiser, and the width, such as ``2+2 x 128``."""
-    config = run.config
-    denoiser = config.denoiser_blocks if config.model == "adrec" else 0
-    kind = " mlp" if denoiser and config.denoiser == "mlp" else ""
-    return f"{config.encoder_blocks}+{denoiser}{kind} x {config.width}"
-
-
-def file_bytes(model: SequenceModel) -> int:
-    """Bytes of the file that a run stores a model's weights in."""
-    return len(save(_state(model)))
-
-
-def _state(model: SequenceModel) -> dict[str, torch.Tensor]:
-    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}
 
 
 def _served(run: Run) -> Steps:
@@ -291,6 +292,7 @@ def _timing(own: Series, reference: Series | None, baseline: Series | None, size
         latency_to_sasrec=_ratio(own, baseline),
         calls=len(own.samples_ms),
         rounds=len(own.rounds_ms),
+        round_medians_ms=[round(float(each), 6) for each in own.medians_ms],
     )
 
 

@@ -1,10 +1,7 @@
-"""Records of compressed models held against the models they are made for: JSON lines, Markdown and CSV."""
+"""Records of compressed models held against the models they are made for."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +9,7 @@ from pydantic import Field
 
 from bench.environment import Environment, Frozen
 from bench.json_lines import read_json_lines
-from bench.markdown import escaped
-from bench.record import Estimate, MeasuringProtocol
-
-MEBIBYTE = 2**20
+from bench.record import Accuracy, Estimate, MeasuringProtocol
 
 
 class CompressTiming(Frozen):
@@ -23,7 +17,7 @@ class CompressTiming(Frozen):
 
     times_reference: throughput over that of ``reference`` at every trained step. latency_to_sasrec: time over that of
     SASRec+ in the same engine. Ratios are medians over rounds with a bootstrap interval; None where the other failed
-    or was not there.
+    or was not there. round_medians_ms: one median a round, in the order of measuring; empty in older records.
     """
 
     batch_size_users: int = Field(ge=1)
@@ -35,12 +29,14 @@ class CompressTiming(Frozen):
     latency_to_sasrec: Estimate | None
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
+    round_medians_ms: list[float] = Field(default_factory=list)
 
 
 class CompressAccuracy(Frozen):
     """Accuracy on a split, percent. kept: NDCG@20 in percent of the teacher's at every trained step, users paired.
 
-    top20_overlap_fraction: mean share of the teacher's top 20.
+    top20_overlap_fraction: mean share of the teacher's top 20. places_base64: the place of every user's target in the
+    top 20, see `bench.places` (None in older records).
     """
 
     ndcg20_percent: Estimate
@@ -49,6 +45,21 @@ class CompressAccuracy(Frozen):
     top20_overlap_fraction: float = Field(ge=0, le=1)
     users: int = Field(ge=1)
     measured_with: str
+    places_base64: str | None = None
+
+    def as_of_tradeoff(self) -> Accuracy:
+        """The same as other records hold it, for comparing two files."""
+        return Accuracy(
+            metrics_percent={"NDCG@20": self.ndcg20_percent, "HR@20": self.hr20_percent},
+            users=self.users,
+            measured_with=self.measured_with,
+            ndcg20_kept_percent=self.ndcg20_kept_percent,
+            top20_overlap_fraction=self.top20_overlap_fraction,
+            top20_overlap_against="the teacher at every trained step",
+            engine_agreement_fraction=None,
+            engine_agreement_users=0,
+            places_base64=self.places_base64,
+        )
 
 
 class CompressRecord(Frozen):
@@ -56,7 +67,8 @@ class CompressRecord(Frozen):
 
     role: what the row is there for. network: blocks of encoder and denoiser, or the baseline's name. run_name: the
     folder it comes from. file_bytes: its weights as a run stores them, None for an engine that reads files of its own;
-    teacher_file_bytes: those of the run it is held against.
+    teacher_file_bytes: those of the run it is held against. batch_sizes_users: what was to be timed; empty in older
+    records.
     """
 
     schema_version: Literal[1] = 1
@@ -70,6 +82,7 @@ class CompressRecord(Frozen):
     engine: str
     split: str
     accuracy: CompressAccuracy | None
+    batch_sizes_users: list[int] = Field(default_factory=list)
     timings: list[CompressTiming]
     file_bytes: int | None
     teacher_file_bytes: int
@@ -90,98 +103,4 @@ class CompressRecord(Frozen):
 
 def read_compress_records(path: Path) -> list[CompressRecord]:
     """Read and validate every line; DataError names the file, the line and the way out."""
-    return read_json_lines(path, CompressRecord.model_validate, "adrec bench compress RUN")
-
-
-Column = tuple[str, Callable[[CompressRecord], str]]
-
-
-def columns(records: Sequence[CompressRecord]) -> list[Column]:
-    """Columns of the table: what a row is, its accuracy, its size, and its speed at each batch size."""
-    found: list[Column] = [
-        ("network", lambda row: row.network),
-        ("run", lambda row: row.run_name),
-        ("steps", lambda row: str(row.steps or "-")),
-        ("precision", lambda row: row.precision),
-        ("engine", lambda row: row.engine),
-        ("NDCG@20 (%)", lambda row: _estimate(row.accuracy.ndcg20_percent) if row.accuracy else ""),
-        ("kept (%)", lambda row: _estimate(row.accuracy.ndcg20_kept_percent) if row.accuracy else ""),
-        ("top-20 overlap", lambda row: f"{row.accuracy.top20_overlap_fraction:.4f}" if row.accuracy else ""),
-        ("file (MiB)", lambda row: f"{row.file_bytes / MEBIBYTE:.2f}" if row.file_bytes else ""),
-        ("of the teacher's", lambda row: f"{row.file_bytes / row.teacher_file_bytes:.3f}" if row.file_bytes else ""),
-    ]
-    for batch in sorted({timing.batch_size_users for row in records for timing in row.timings}):
-        found += _timing_columns(batch)
-    found.append(("error", lambda row: row.error or ""))
-    return [column for column in found if any(column[1](row) for row in records)]
-
-
-def _timing_columns(batch: int) -> list[Column]:
-    def column(title: str, text: Callable[[CompressTiming], str]) -> Column:
-        def read(row: CompressRecord) -> str:
-            timing = row.timing(batch)
-            return "" if timing is None else text(timing)
-
-        return f"{title}, batch {batch}", read
-
-    return [
-        column("p50 (ms)", lambda timing: f"{timing.latency_ms_p50:.3g}"),
-        column("throughput / reference", lambda timing: _estimate(timing.times_reference, 1)),
-        column("latency / SASRec+", lambda timing: _estimate(timing.latency_to_sasrec, 2)),
-    ]
-
-
-def _estimate(estimate: Estimate | None, digits: int = 2) -> str:
-    if estimate is None:
-        return ""
-    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-
-
-def markdown_table(records: Sequence[CompressRecord]) -> str:
-    """The table as Markdown, and below it what it was measured on."""
-    used = columns(records)
-    lines = ["| " + " | ".join(escaped(title) for title, _ in used) + " |", "|" + "---|" * len(used)]
-    lines += ["| " + " | ".join(escaped(text(row)) for _, text in used) + " |" for row in records]
-    first = records[0]
-    protocol, machine = first.protocol, first.environment.machine
-    about = (
-        f"{first.dataset_name}, {first.split} split; {machine.processor}, {protocol.threads} threads, one-minute load"
-        f" {machine.load_one_minute}; all rows of a batch size interleaved in one process, {protocol.rounds_minimum} or"
-        " more rounds; intervals are 95 % bootstraps over users (accuracy) and rounds (ratios)."
-    )
-    return "\n".join(lines) + f"\n\n{about}\n\n```\n{first.command}\n```\n"
-
-
-def csv_table(records: Sequence[CompressRecord]) -> str:
-    """Every number of every row, one column each."""
-    rows = [_flat(record) for record in records]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _flat(record: CompressRecord) -> dict[str, object]:
-    row: dict[str, object] = {
-        name: getattr(record, name)
-        for name in ("role", "network", "run_name", "steps", "precision", "engine", "dataset_name", "split")
-    }
-    if record.accuracy is not None:
-        row |= _spread("", record.accuracy)
-    row |= {"file_bytes": record.file_bytes, "teacher_file_bytes": record.teacher_file_bytes}
-    for timing in record.timings:
-        row |= _spread(f"batch_{timing.batch_size_users}_", timing)
-    return row | {"error": record.error}
-
-
-def _spread(prefix: str, part: Frozen) -> dict[str, object]:
-    row: dict[str, object] = {}
-    for name, value in part:
-        if isinstance(value, Estimate):
-            name = prefix + name
-            row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-        else:
-            row[f"{prefix}{name}"] = value
-    return row
+    return read_json_lines(path, CompressRecord.model_validate, "adrec bench compress RUN", ("compress",))

@@ -2,7 +2,8 @@
 
 Every benchmark carries its record in ``extra_info.adrec_record``, without the machine where that is the file's own;
 ``stats`` are over the record's round medians. The suites of `bench/suites` leave the record's timing out, which is then
-read from ``stats.data``. Rows without a time have no place among benchmarks and lie in ``adrec_untimed``.
+read from ``stats.data``. Records without a time have no place among benchmarks and lie in ``adrec_untimed``. So do
+those of several rows (an axis, batch sizes), each of which is a benchmark that names its record's ``adrec_position``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from pydantic import BaseModel, ValidationError
 from adrec.data.json_text import parse_json
 from adrec.errors import DataError
 from bench.archive import ADAPTER, AnyRecord
-from bench.calibration import CalibrationRecord
-from bench.comparing.rows import Row, label, row_of
+from bench.comparing.rows import Row, label, rows_in
 from bench.conversion.statistics import statistics_of
+from bench.foreign_files import described, foreign
 from bench.kernels.records import PathTiming
-from bench.profiling.record import ProfileRecord
 from bench.record import TimingSummary
-from bench.scaling.record import ScalingRecord
 
 RECORD, POSITION, UNTIMED, MACHINE = "adrec_record", "adrec_position", "adrec_untimed", "adrec"
 NOT_MEASURED = "not measured by pytest-benchmark"
@@ -49,11 +48,13 @@ def pytest_json(records: Sequence[AnyRecord]) -> dict[str, Any]:
         content = record.model_dump(mode="json")
         if content["environment"] == environment:
             del content["environment"]
-        row = None if isinstance(record, CalibrationRecord | ProfileRecord | ScalingRecord) else row_of(record)
-        if row is None or not row.rounds_ms:
-            untimed.append({POSITION: position, RECORD: content})
+        rows = rows_in(record)
+        timed = [row for row in rows if row.rounds_ms]
+        if len(rows) == len(timed) == 1:
+            benchmarks.append(_benchmark(record, timed[0], {POSITION: position, RECORD: content}))
         else:
-            benchmarks.append(_benchmark(record, row, content, position))
+            untimed.append({POSITION: position, RECORD: content})
+            benchmarks += [_benchmark(record, row, {POSITION: position}) for row in timed]
     return {
         "machine_info": {
             "node": "",
@@ -72,15 +73,23 @@ def pytest_json(records: Sequence[AnyRecord]) -> dict[str, Any]:
 def records_of(content: object, where: str) -> list[AnyRecord]:
     """Records of a file's content, in their order; DataError names the benchmark that holds none."""
     if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
-        raise DataError(f"{where}: not a file of pytest-benchmark: it has no list of 'benchmarks'")
+        raise DataError(
+            f"{where}: not a file of pytest-benchmark but {described(content)}, without a list of 'benchmarks';"
+            " `pytest bench/suites --benchmark-json=FILE.json` writes one"
+        )
     machine = content.get("machine_info")
     environment = machine.get(MACHINE) if isinstance(machine, dict) else None
     untimed = content.get(UNTIMED, [])
+    if not isinstance(untimed, list):
+        raise DataError(f"{where}: damaged: {UNTIMED!r} is {described(untimed)}, not a list")
+    beside = [each.get(POSITION) for each in untimed if isinstance(each, dict)]
     found: list[tuple[int, AnyRecord]] = []
     for number, entry in enumerate([*content["benchmarks"], *untimed]):
         timed = number < len(content["benchmarks"])
         name = str(entry.get("fullname", f"row {number}")) if isinstance(entry, dict) else f"row {number}"
         holder = entry.get("extra_info") if timed and isinstance(entry, dict) else entry
+        if timed and isinstance(holder, dict) and RECORD not in holder and holder.get(POSITION, -1) in beside:
+            continue
         record = holder.get(RECORD) if isinstance(holder, dict) else None
         if not isinstance(record, dict) or not isinstance(holder, dict):
             raise DataError(f"{where}: benchmark {name!r} holds no record of adrec; only its own suites' files convert")
@@ -98,11 +107,26 @@ def records_of(content: object, where: str) -> list[AnyRecord]:
 def read_pytest_json(path: Path) -> list[AnyRecord]:
     """Records of a file of pytest-benchmark; DataError says what is wrong with it."""
     try:
-        return records_of(parse_json(path.read_text(encoding="utf-8")), str(path))
+        text = path.read_text(encoding="utf-8")
+        content = parse_json(text)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a JSON file of pytest-benchmark ({error})") from None
+        raise DataError(f"{path}: no such file; `pytest bench/suites --benchmark-json={path}` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a JSON file of pytest-benchmark ({error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not a JSON file of pytest-benchmark: {_not_json(text, str(error))}") from None
+    return records_of(content, str(path))
+
+
+def _not_json(text: str, reason: str) -> str:
+    first = text.strip().split("\n", 1)[0]
+    if not first:
+        return "it is empty"
+    if '"schema_version"' in first:
+        return "it holds JSON lines, as records do; give it a name that ends in .jsonl"
+    if first[0] not in "{[":
+        return foreign(text) or reason
+    return f"{reason}; it is damaged or cut short: write it again"
 
 
 def record_without_timing(record: BaseModel) -> dict[str, Any]:
@@ -117,8 +141,8 @@ def pytest_text(records: Sequence[AnyRecord]) -> str:
     return json.dumps(pytest_json(records), allow_nan=False, indent=1) + "\n"
 
 
-def _benchmark(record: AnyRecord, row: Row, content: dict[str, Any], position: int) -> dict[str, Any]:
-    kind = content["kind"]
+def _benchmark(record: AnyRecord, row: Row, holder: dict[str, Any]) -> dict[str, Any]:
+    kind = record.kind
     parts = dict(row.key)
     group = ", ".join(
         f"{name} {parts[name]}" for name in ("scenario", "kernel", "items", "batch", "data") if name in parts
@@ -134,7 +158,7 @@ def _benchmark(record: AnyRecord, row: Row, content: dict[str, Any], position: i
         "fullname": f"adrec/{kind}::{label(row.key)}",
         "params": parts,
         "param": label(row.key),
-        "extra_info": {**extra, POSITION: position, RECORD: content},
+        "extra_info": extra | holder,
         "options": OPTIONS,
         "stats": statistics_of([each / 1e3 for each in row.rounds_ms]),
     }

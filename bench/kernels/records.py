@@ -123,4 +123,4 @@ def read_kernel_records(paths: Iterable[Path]) -> list[KernelsRecord]:
 
 
 def _read(path: Path) -> list[KernelsRecord]:
-    return read_json_lines(path, _ADAPTER.validate_python, "adrec bench kernels")
+    return read_json_lines(path, _ADAPTER.validate_python, "adrec bench kernels", ("kernel", "engine"))

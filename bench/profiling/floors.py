@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 
 from adrec.config import ModelConfig
 from bench.environment import Frozen
-from bench.timing import Clock, TimingProtocol, measure_interleaved
+from bench.timing import Clock, TimingProtocol, clock_for, measure_interleaved
 from kernels.inventory import Cost
 
 PRODUCT_SIZE = 1024
@@ -53,6 +55,24 @@ def measure_rates(device: torch.device, dtype: torch.dtype, clock: Clock, protoc
         gigabytes_per_second=COPY_BYTES / best["copy"] / 1e6,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+@cache
+def machine_rates(device: torch.device, dtype: torch.dtype, threads: int, seconds: float) -> Rates:
+    """Rates of this process's machine, measured at the first call for a device, dtype and count of CPU threads.
+
+    seconds: the most to spend on each of the two.
+    """
+    return measure_rates(device, dtype, clock_for(device), replace(PROTOCOL, seconds=min(PROTOCOL.seconds, seconds)))
+
+
+def request_cost_of(config: ModelConfig, tokens: int, users: int, steps: int, itemsize: int) -> Cost | None:
+    """Least work of a whole batch, the sum of `stage_costs`; None where those are not known."""
+    costs = stage_costs(config, tokens, users, itemsize)
+    if not costs:
+        return None
+    whole = [costs["encode"], *[costs["denoise step"]] * steps, costs["score"]]
+    return Cost(bytes=sum(cost.bytes for cost in whole), flops=sum(cost.flops for cost in whole))
 
 
 def stage_costs(config: ModelConfig, tokens: int, users: int, itemsize: int) -> Mapping[str, Cost]:

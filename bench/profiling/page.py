@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from rich.table import Table
 
-from bench.charts import Chart, Line
+from bench.chart import Chart, Line, roof_line
+from bench.html_page import render_page
+from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
+from bench.markdown import escaped
 from bench.page_parts import facts_box, figure_place, machine_facts
 from bench.plotly_figures import plotly_figure
 from bench.profiling.record import ProfileRecord, Stage
-from bench.report import render_page
 
 HEADS = ("stage", "calls", "median, ms", "p95, ms", "share", "floor, ms", "set by", "floor / time")
+WORDS = (0, 6)
+STAGES_NOTE = "Median over rounds; diamonds are the floors of this machine, where they are known."
 
 
 def stage_cells(stage: Stage) -> list[str]:
@@ -65,29 +70,38 @@ def sentences(record: ProfileRecord) -> Iterator[str]:
 
 def page_of(record: ProfileRecord) -> str:
     """The whole page."""
-    figures: list[dict[str, Any]] = [_stage_figure(record)]
-    places = [figure_place(0, 0, "Stages of a request", "Median over rounds; diamonds are floors of this machine.")]
-    if record.step_ms_p50:
-        chart = _step_chart(record)
-        figures.append(plotly_figure(chart) | {"title": chart.title})
-        places.append(figure_place(0, 1, chart.title, chart.note))
-    rows = "".join(
-        "<tr>" + "".join(_cell(place, text) for place, text in enumerate(stage_cells(stage))) + "</tr>"
-        for stage in record.stages
+    section, figures = section_of(record, 0)
+    return render_page(
+        "Where a request's time goes",
+        f"adrec bench profile, measured {record.measured_at_utc}",
+        [section],
+        [figures],
+        record.command,
     )
-    heads = "".join(
-        f'<th scope="col"{_words(place)}><button type="button">{html.escape(name)}</button></th>'
-        for place, name in enumerate(HEADS)
-    )
+
+
+def section_of(record: ProfileRecord, index: int) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """The section of a profile, the ``index``-th of its page, and its figures."""
+    anchor = f"study-{index + 1}"
+    charts = charts_of(record)
+    figures: list[dict[str, Any]] = [_stage_figure(record), *map(plotly_figure, charts[1:])]
     section = "\n".join(
         [
-            f"<section><h2>{html.escape(subtitle(record))}</h2>",
+            "<section>",
+            heading(2, anchor, subtitle(record)),
             f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in sentences(record))}</div>',
+            heading(3, f"{anchor}-charts", "Charts"),
             '<div class="charts">',
-            *places,
+            *(figure_place(index, place, chart) for place, chart in enumerate(charts)),
             "</div>",
-            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>',
-            "<h2>Machine and protocol</h2>",
+            heading(3, f"{anchor}-table", "Stages"),
+            sortable_table(
+                f"stages-{index + 1}.csv",
+                "Stages",
+                [Head(name, numeric=place not in WORDS) for place, name in enumerate(HEADS)],
+                [TableRow(_cells(stage)) for stage in record.stages],
+            ),
+            heading(3, f"{anchor}-protocol", "Machine and protocol"),
             facts_box(
                 [
                     *machine_facts(record.environment, record.threads),
@@ -102,13 +116,24 @@ def page_of(record: ProfileRecord) -> str:
             "</section>",
         ]
     )
-    return render_page(
-        "Where a request's time goes",
-        f"adrec bench profile, measured {record.measured_at_utc}",
-        [section],
-        [{"all": figures}],
-        record.command,
-    )
+    return section, {"all": figures}
+
+
+def charts_of(record: ProfileRecord) -> list[Chart]:
+    """The charts of the page: stages (which it draws as bars), single steps, and the roofline."""
+    return [_stage_chart(record), _step_chart(record), _roofline(record)]
+
+
+def markdown_of(record: ProfileRecord, pictures: Sequence[str]) -> str:
+    """The profile as Markdown; pictures: PNG files beside it, each with a ``.md`` of its numbers."""
+    rows = [HEADS, ["---" if place in WORDS else "---:" for place in range(len(HEADS))]]
+    table = ["| " + " | ".join(row) + " |" for row in rows]
+    table += ["| " + " | ".join(map(escaped, stage_cells(stage))) + " |" for stage in record.stages]
+    machine = machine_facts(record.environment, record.threads)
+    parts = [f"# {escaped(subtitle(record))}", "\n".join(f"- {escaped(each)}" for each in sentences(record))]
+    parts += [f"![{PurePosixPath(name).stem}](<{name}>)" for name in pictures]
+    parts += ["\n".join(table), "\n".join(f"- {name}: {escaped(value)}" for name, value in machine)]
+    return "\n\n".join([*parts, f"```\n{record.command}\n```"]) + "\n"
 
 
 def subtitle(record: ProfileRecord) -> str:
@@ -122,6 +147,7 @@ def _stage_figure(record: ProfileRecord) -> dict[str, Any]:
     names = [stage.name for stage in stages]
     return {
         "title": "Stages of a request",
+        "empty": "No stage was timed.",
         "data": [
             {
                 "type": "bar",
@@ -156,25 +182,88 @@ def _stage_figure(record: ProfileRecord) -> dict[str, Any]:
     }
 
 
+def _stage_chart(record: ProfileRecord) -> Chart:
+    places = [float(place) for place in range(1, len(record.stages) + 1)]
+    floors = [
+        (place, stage.floor_ms)
+        for place, stage in zip(places, record.stages, strict=True)
+        if stage.floor_ms is not None
+    ]
+    return Chart(
+        key="stages",
+        title="Stages of a request",
+        note=STAGES_NOTE,
+        x_title="stage",
+        y_title="milliseconds",
+        lines=[
+            Line("median", places, [stage.milliseconds_p50 for stage in record.stages], 0, connected=False),
+            Line("floor", [place for place, _ in floors], [floor for _, floor in floors], 2, connected=False),
+        ],
+        x_log=False,
+        x_ticks=places,
+        x_names=[stage.name for stage in record.stages],
+    )
+
+
 def _step_chart(record: ProfileRecord) -> Chart:
     count = len(record.step_ms_p50)
     numbers = [float(number) for number in range(1, count + 1)]
-    lines = [Line("median", numbers, record.step_ms_p50, 0), Line("p95", numbers, record.step_ms_p95, 3, markers=False)]
+    lines = [
+        Line("median", numbers, record.step_ms_p50, 0),
+        Line("p95", numbers, record.step_ms_p95, 1, connected=False),
+    ]
     return Chart(
         key="steps",
         title="Each denoise step",
         note="In the order of sampling; equal steps should take equal time.",
         x_title="step of the request",
         y_title="milliseconds",
-        lines=lines,
+        lines=lines if count else [],
         x_log=False,
+        empty="The steps were not timed one by one: this engine fuses them, or the model has none.",
     )
 
 
-def _cell(place: int, text: str) -> str:
-    sort = text if place in (0, 6) else text.rstrip("%").replace("-", "")
-    return f'<td{_words(place)} data-sort="{html.escape(sort, quote=True)}">{html.escape(text)}</td>'
+def _roofline(record: ProfileRecord) -> Chart:
+    """Stages of known least work under the roof that this machine reached."""
+    rates = record.rates
+    known = [stage for stage in record.stages if stage.least_flops and stage.least_bytes and stage.milliseconds_p50]
+    lines = []
+    for style, stage in enumerate(known):
+        flops, read = float(stage.least_flops or 0), float(stage.least_bytes or 0)
+        lines.append(
+            Line(
+                stage.name,
+                [flops / read],
+                [flops / stage.milliseconds_p50 / 1e6],
+                style,
+                details=[f"{stage.name}\n{stage.milliseconds_p50:.4g} ms, floor {stage.floor_ms or 0.0:.3g} ms"],
+                connected=False,
+            )
+        )
+    if lines:
+        lines.append(roof_line([line.x[0] for line in lines], rates.gflops, rates.gigabytes_per_second))
+    return Chart(
+        key="roofline",
+        title="Roofline of the stages",
+        note="Least operations and bytes; the roof is what this machine reached in a product and a copy.",
+        x_title="operations per byte",
+        y_title="GFLOP/s of the least work",
+        lines=lines,
+        y_log=True,
+        empty="No stage's least work is known: that of ADRec with attention is.",
+    )
 
 
-def _words(place: int) -> str:
-    return ' class="words"' if place in (0, 6) else ""
+def _cells(stage: Stage) -> list[Cell]:
+    values: list[float | str | None] = [
+        stage.name,
+        stage.calls,
+        stage.milliseconds_p50,
+        stage.milliseconds_p95,
+        stage.share,
+        stage.floor_ms,
+        stage.floor_bound,
+        stage.floor_fraction,
+    ]
+    return [Cell(text, value) for text, value in zip(stage_cells(stage), values, strict=True)]

@@ -164,6 +164,8 @@ def summarise(
                 floor_ms=floor,
                 floor_bound=bound,
                 floor_fraction=None if floor is None or median == 0.0 else floor / median,
+                least_flops=None if cost is None else cost.flops * calls,
+                least_bytes=None if cost is None else cost.bytes * calls,
             )
         )
     return found
@@ -172,10 +174,15 @@ def summarise(
 def write_profile(
     profiler: Profiler, out: Path, report: Callable[[float, float], None] = lambda done, expected: None
 ) -> tuple[ProfileRecord, list[Path]]:
-    """Measure, and write ``profile.html``, ``profile.jsonl`` and ``trace.json`` into a folder; returns their paths."""
+    """Measure, and write ``profile.html``, ``profile.jsonl`` and ``trace.json`` into a folder; returns their paths.
+
+    ``profile.md`` lies beside them, and where matplotlib is installed ``profile-charts`` with a PNG of each chart.
+    """
+    from adrec.errors import NotSupportedError
     from adrec.files import write_text
     from bench.json_lines import json_line
-    from bench.profiling.page import page_of
+    from bench.picture_files import write_charts
+    from bench.profiling.page import charts_of, markdown_of, page_of, subtitle
 
     record, call = profiler.measure(report)
     out.mkdir(parents=True, exist_ok=True)
@@ -183,4 +190,10 @@ def write_profile(
     record_trace(call, paths[2], profiler.device)
     write_text(paths[1], json_line(record))
     write_text(paths[0], page_of(record))
+    try:
+        (pictures,) = write_charts(paths[0], [(subtitle(record), {chart.key: chart for chart in charts_of(record)})])
+    except NotSupportedError:
+        pictures = []
+    names = [path.relative_to(out).as_posix() for path in pictures]
+    write_text(paths[0].with_suffix(".md"), markdown_of(record, names))
     return record, paths

@@ -14,7 +14,7 @@ class Stage(Frozen):
     """One stage: its median and 95 % quantile over rounds, and the least that it needs on this machine.
 
     ``calls``: how often it runs in a request. Floors are `None` where nothing is known about the least work.
-    ``share``: of the sum of all stages.
+    ``share``: of the sum of all stages. ``least_flops`` and ``least_bytes``: of all calls (`None` in older records).
     """
 
     name: str
@@ -25,6 +25,8 @@ class Stage(Frozen):
     floor_ms: float | None
     floor_bound: str | None
     floor_fraction: float | None
+    least_flops: int | None = None
+    least_bytes: int | None = None
 
 
 class ProfileRecord(Frozen):

@@ -53,13 +53,21 @@ def run_suites(
     run: Annotated[
         Path | None, typer.Option("--run", help="Folder of a trained run; default: an untrained model.")
     ] = None,
+    compressed: Annotated[
+        list[Path] | None, typer.Option("--with", help="Suite compress: a run made from --run. Repeatable.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Data set of the histories; default: the run's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for records, one file a suite, and the journal.")] = Path(
         "bench-out"
     ),
     smoke: Annotated[bool, typer.Option("--smoke", help="Everything at its smallest: under two minutes.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run into --out stopped.")] = False,
-    engines: Annotated[str, typer.Option(help=ENGINES_HELP)] = "reference,cached",
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines, comma-separated; default: reference,cached, and for suite engines all that run here.",
+        ),
+    ] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Evaluate a random sample of so many users.")] = None,
     seconds_per_cell: Annotated[
         float | None, typer.Option(help="Time budget of a cell; default: 2, smoke 0.1.")
@@ -96,7 +104,9 @@ def run_suites(
         data=data,
         users=users,
         seconds=seconds_per_cell,
-        engines=tuple(pick_all(engines, ENGINES, "--engines")),
+        engines=tuple(pick_all(engines or "reference,cached", ENGINES, "--engines")),
+        engines_named=engines is not None,
+        compressed=tuple(compressed or ()),
     )
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with pinned_threads(threads):

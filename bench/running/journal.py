@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from adrec.data.json_text import parse_json
 from adrec.errors import ConfigError, DataError
@@ -32,6 +32,7 @@ class Settings(Frozen):
     users: int | None
     seconds: float
     engines: list[str]
+    networks: list[str] = Field(default_factory=list)
     device: str
     threads: int
     processor: str
@@ -60,13 +61,14 @@ class Journal:
     def __init__(self, folder: Path, settings: Settings, suites: Sequence[str], *, resume: bool) -> None:
         self.folder, self.path, self.suites = folder, folder / NAME, suites
         self.done: dict[str, Done] = {}
-        if not self.path.exists():
+        if not self._begun():
             if resume:
                 raise ConfigError(f"--resume: {folder} holds no journal of an earlier run; leave --resume out")
             for suite in suites:
                 if self.file_of(suite).exists():
                     raise ConfigError(f"{self.file_of(suite)}: is not of a run of this kind; choose another --out")
             folder.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
             self._append(self.path, json_line(settings))
             return
         if not resume:
@@ -83,6 +85,16 @@ class Journal:
                 " in one file; choose another --out"
             )
         self._cut()
+
+    def _begun(self) -> bool:
+        """Whether a journal is there; one whose first line a crash cut short is none, since nothing was measured."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error}); choose another --out") from None
+        return b"\n" in content or not content.startswith(b'{"kind":"settings"')
 
     def file_of(self, suite: str) -> Path:
         """Records of a suite."""

@@ -70,6 +70,7 @@ def _engines(context: Context) -> list[Unit]:
     items, batches, steps = [12_000, 100_000], [1, 32, 512], [1, 4, 32]
     if context.smoke:
         items, batches, steps = [2000], [1, 16], [1, 4]
+    paths = context.engines if context.engines_named or context.smoke else engines_here(context.device)
 
     def measure(axes: Axes, report: Report) -> Iterable[BaseModel]:
         return EngineSweep(timer, axes).rows(lambda stage, done, expected: report(done, expected))
@@ -77,13 +78,22 @@ def _engines(context: Context) -> list[Unit]:
     return [
         Unit(
             f"engines/{size} items/batch {batch}/{count} steps",
-            len(context.engines) * context.protocol.seconds,
-            partial(measure, Axes(context.engines, (batch,), (count,), (size,))),
+            len(paths) * context.protocol.seconds,
+            partial(measure, Axes(paths, (batch,), (count,), (size,))),
         )
         for size in items
         for batch in batches
         for count in steps
     ]
+
+
+def engines_here(device: torch.device) -> tuple[str, ...]:
+    """Engines of every precision that a device runs at its own speed; without what compiles for each request shape."""
+    from adrec.engines import ENGINES, AotInductorEngine
+    from kernels import _runtime
+
+    able = [name for name, kind in ENGINES.items() if kind.runs_on(device) and name != AotInductorEngine.name]
+    return tuple(name for name in able if not (_runtime.INTERPRETED and name.startswith("triton")))
 
 
 def _tradeoff(context: Context) -> list[Unit]:
@@ -183,12 +193,14 @@ def _scaling(context: Context) -> list[Unit]:
     fixed = Fixed(items=2000, batch=4, steps=1, width=32) if context.smoke else Fixed()
     bench = ScalingBench(timer, context.engines, fixed)
     axes: dict[Axis, list[int]] = {
-        "items": [10_000, 30_000, 100_000, 300_000, 1_000_000],
+        "items": [10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000],
         "history": [1, 2, 5, 10, 20, 50, 100, 200],
         "batch": [1, 4, 16, 64, 256, 1024, 4096],
     }
     if context.smoke:
         axes = {"items": [1000, 4000, 16_000], "history": [1, 10, 50], "batch": [1, 8, 64]}
+
+    axes["items"] = _that_fit(axes["items"], fixed.width, context)
 
     def measure(axis: Axis, report: Report) -> Iterable[BaseModel]:
         return bench.records(axis, axes[axis], report)
@@ -197,11 +209,65 @@ def _scaling(context: Context) -> list[Unit]:
     return [Unit(f"scaling/{axis}", seconds * len(values), partial(measure, axis)) for axis, values in axes.items()]
 
 
+def _that_fit(catalogues: list[int], width: int, context: Context) -> list[int]:
+    """Catalogues that this machine's memory holds; the user is told of the others."""
+    from bench.kernels.engine_sweep import check_memory
+
+    for place, items in enumerate(catalogues):
+        try:
+            check_memory(items, width, context.engines, context.device)
+        except MemoryError as error:
+            context.notices.append(f"suite scaling leaves out catalogues of {items} items and more: {error}")
+            return catalogues[:place]
+    return catalogues
+
+
+def _on_a_cpu(context: Context) -> str | None:
+    return None if context.device.type == "cpu" else f"measures on a CPU; leave --device {context.device} out"
+
+
+def _compress(context: Context) -> list[Unit]:
+    from bench.compression.held_against import REFERENCE, HeldAgainst
+
+    sizes = (1, 16) if context.smoke else (1, 512)
+    precisions = _precisions(context)
+
+    @cache
+    def held() -> HeldAgainst:
+        subject = context.subject
+        return HeldAgainst(
+            subject.run, context.networks, subject.dataset, "test", [1], precisions,
+            [name for name in context.engines if name != REFERENCE] or ["cached"],
+            sizes, context.protocol, context.command, examples=subject.examples,
+        )  # fmt: skip
+
+    def measure(size: int, report: Report) -> Iterable[BaseModel]:
+        held().report = report
+        return held().records([size])
+
+    rows = 3 + len(precisions) * (1 + len(context.compressed))
+    return [Unit(f"compress/batch {size}", rows * context.protocol.seconds, partial(measure, size)) for size in sizes]
+
+
+def _precisions(context: Context) -> list[str]:
+    """What networks are rounded to; without torchao only the item table, which the user is told."""
+    from adrec.errors import NotSupportedError
+    from compress.rounding import torchao_quantization
+
+    try:
+        torchao_quantization()
+    except NotSupportedError as error:
+        context.notices.append(f"suite compress leaves int8 layers out: {error}")
+        return ["float32", "bf16", "int8 table"]
+    return ["float32", "bf16", "int8 table", "int8", "int8 dynamic"]
+
+
 SUITES: tuple[Suite, ...] = (
     Suite("kernels", "each Triton kernel against its eager twin, torch.compile and a copy", _kernels, _needs_gpu),
-    Suite("engines", "engines on a random model: catalogue x batch x steps", _engines),
+    Suite("engines", "engines and precisions on a random model: catalogue x batch x steps", _engines),
     Suite("tradeoff", "a run's speed and accuracy: engine x steps x batch", _tradeoff),
     Suite("serving", "single stream, server with Poisson arrivals, offline, as in MLPerf", _serving),
     Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training),
     Suite("scaling", "growth with catalogue, history and batch: points and fitted exponent", _scaling),
+    Suite("compress", "compressed models beside their run, reference and SASRec+", _compress, _on_a_cpu),
 )

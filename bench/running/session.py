@@ -12,6 +12,7 @@ from adrec.versions import installed_versions
 from bench.environment import read_environment
 from bench.json_lines import json_line
 from bench.running.journal import Journal, Settings
+from bench.running.registry import engines_here
 from bench.running.unit import Context
 
 
@@ -21,13 +22,17 @@ def open_journal(context: Context, suites: Sequence[str], *, resume: bool) -> Jo
     run, data = "untrained", "synthetic"
     if context.run is not None:
         run, data = context.subject.run.fingerprint, context.subject.dataset.fingerprint
+    engines = context.engines
+    if not (context.engines_named or context.smoke):
+        engines = tuple(dict.fromkeys((*engines, *engines_here(context.device))))
     settings = Settings(
         smoke=context.smoke,
         run_fingerprint=run,
         dataset_fingerprint=data,
         users=context.users,
         seconds=context.protocol.seconds,
-        engines=list(context.engines),
+        engines=list(engines),
+        networks=[each.fingerprint for each in context.networks],
         device=str(context.device),
         threads=machine.threads,
         processor=machine.processor,

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from adrec.errors import NotSupportedError
+from adrec.checkpoint import Run
+from adrec.errors import ConfigError, NotSupportedError
+from bench.compression.networks import load_networks
 from bench.subject import Subject, load_subject
 from bench.timing import TimingProtocol
 
@@ -44,6 +46,8 @@ class Context:
     """What a user chose. Without a run, suites that need a model get an untrained one on synthetic data.
 
     smoke: the smallest shapes and the shortest times that still exercise everything. folder: where results lie.
+    compressed: folders of runs that were made from ``run``. engines_named: whether the user chose the engines, which
+    then are those of every suite.
     """
 
     folder: Path
@@ -55,6 +59,8 @@ class Context:
     users: int | None = None
     seconds: float | None = None
     engines: tuple[str, ...] = ("reference", "cached")
+    compressed: tuple[Path, ...] = ()
+    engines_named: bool = False
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +86,15 @@ class Context:
             "no --run: an untrained model on synthetic data is measured, so that accuracies mean nothing"
         )
         return load_subject(untrained_run(self.folder / "untrained-run"), None, "test", self.users)
+
+    @cached_property
+    def networks(self) -> list[Run]:
+        """The compressed runs, loaded; of the same data as the run."""
+        if not self.compressed:
+            return []
+        if self.run is None:
+            raise ConfigError(f"--with {self.compressed[0]}: give the run that it was made from with --run")
+        return load_networks(self.subject.run, self.compressed, "--with")
 
 
 def untrained_run(folder: Path) -> Path:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from adrec.errors import AdrecError
 from bench.environment import read_environment
 from bench.suites.measured import Measured, random_subject, subject_of_run
+
+OF_RUN = pytest.StashKey[Measured]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,13 +22,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--adrec-users", type=int, default=None, help="Evaluate a random sample of so many users.")
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Load the run before anything is collected, so that a wrong option is one line and not an error a test."""
+    run, data, users = (session.config.getoption(f"--adrec-{name}") for name in ("run", "data", "users"))
+    if run is None:
+        for name, value in (("data", data), ("users", users)):
+            if value is not None:
+                raise pytest.UsageError(f"--adrec-{name} {value}: says nothing without a run; give --adrec-run RUN too")
+        return
+    try:
+        session.config.stash[OF_RUN] = subject_of_run(run, data, users)
+    except AdrecError as error:
+        reason = str(error).replace("--data", "--adrec-data").replace("--users", "--adrec-users")
+        where = "--adrec-run" if reason.startswith(f"{run}:") else f"--adrec-run {run}:"
+        raise pytest.UsageError(f"{where} {reason}") from None
+
+
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Measured:
     """Model, histories and accuracy of the run, or a random model of the paper's size without an accuracy."""
-    run = request.config.getoption("--adrec-run")
-    if run is None:
-        return random_subject()
-    return subject_of_run(run, request.config.getoption("--adrec-data"), request.config.getoption("--adrec-users"))
+    return request.config.stash.get(OF_RUN, None) or random_subject()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,7 @@ import torch
 from adrec.checkpoint import model_fingerprint
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, make_engine
+from adrec.errors import NotSupportedError
 from adrec.evaluation import top_overlap
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook
@@ -132,8 +133,12 @@ def random_subject() -> Measured:
 
 
 def subject_of_run(run: Path, data: Path | None, users: int | None) -> Measured:
-    """A trained run and real histories of its test split."""
+    """A trained run and real histories of its test split; raises NotSupportedError for one without reverse steps."""
     subject = load_subject(run, data, "test", users)
+    if subject.run.config.model != "adrec":
+        raise NotSupportedError(
+            f"a run of {subject.run.config.model!r} has no steps; give the folder of an 'adrec' run"
+        )
     return Measured(subject.run.model.eval(), lambda count: draw_batches(subject.examples.histories, count)[0], subject)
 
 

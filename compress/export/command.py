@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("onnx", "tensorrt", "aotinductor")
 INT8 = ("dynamic", "qdq")
+_EIGHT_BITS = {"int8": "int8-qdq", "fp8": "fp8-qdq"}
 
 
 class _RunFirst(TyperGroup):
@@ -52,7 +53,9 @@ def export(
         str | None,
         typer.Option(help="Step counts, a graph each; default: how the run is served, or 1."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32 or fp16.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32 or fp16; for TensorRT also int8 or fp8: Q/DQ nodes in a float16 graph.")
+    ] = "fp32",
     int8: Annotated[
         str | None, typer.Option(help="Also int8: dynamic (ONNX Runtime on CPUs), qdq (GPUs), or both with a comma.")
     ] = None,
@@ -97,13 +100,18 @@ def export(
     from compress.export.onnx_export import INLINE_LIMIT, ExportOptions, export_onnx
 
     _choose(to, TARGETS, "--to")
-    if precision in ("int8", "fp8"):
-        raise ConfigError(f"--precision is '{precision}'; eight bits are --int8 dynamic, --int8 qdq or --fp8")
-    _choose(precision, ("fp32", "fp16"), "--precision")
     _choose(table, ("inside", "input", "outside"), "--table")
     _choose(quantiser, ("onnxruntime", "modelopt"), "--quantiser")
     kinds = [_choose(each.strip(), INT8, "--int8") for each in int8.split(",")] if int8 is not None else []
     quantised = [f"int8-{kind}" for kind in kinds] + (["fp8-qdq"] if fp8 else [])
+    floats, quantised = _precisions(precision, quantised, to)
+    calibrated = [name for name in quantised if name.endswith("qdq")]
+    if quantiser == "modelopt":
+        if not calibrated:
+            raise ConfigError("--quantiser is of Q/DQ nodes, and none are asked for; add --int8 qdq or --fp8")
+        from compress.export.quantise import require_modelopt
+
+        require_modelopt()
     if (to == "tensorrt") != bool(profile):
         raise ConfigError(
             "--to tensorrt needs --profile, at least one, such as batch=1:1:1,length=1:8:50"
@@ -112,6 +120,7 @@ def export(
         )
     if to == "tensorrt":
         from adrec.config import parse
+        from adrec.engines.tensorrt.profiles import size_range
         from compress.export.tensorrt.command import check_lengths, check_tensorrt
         from compress.export.tensorrt.options import BuildOptions
 
@@ -134,10 +143,9 @@ def export(
     if to == "tensorrt":
         check_lengths(profiles, source.settings.model.max_length)
     plans = _plans(source, steps)
-    calibrated = [name for name in quantised if name.endswith("qdq")]
     options = ExportOptions(
         steps=plans,
-        precision="fp16" if precision == "fp16" else "fp32",
+        precision=floats,
         quantised=quantised,  # type: ignore[arg-type]
         loop=loop,
         split=split,
@@ -147,6 +155,8 @@ def export(
         calibration=_calibration(source, data, calibration_users) if calibrated else None,
         quantiser="modelopt" if quantiser == "modelopt" else "onnxruntime",
         plugins=plugins,
+        keep_float=precision not in _EIGHT_BITS,
+        sizes=None if to != "tensorrt" else size_range(profiles),
     )
     console = Console(soft_wrap=True)
 
@@ -211,7 +221,7 @@ def verify(
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Users at a time; all go through the largest.")] = "1,2,33,512",
     save: Annotated[
-        Path | None, typer.Option(help="Also save inputs and outputs there, for `polygraphy run` on another machine.")
+        Path | None, typer.Option(help="Also save inputs, outputs and a script there that compares them on a GPU.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Also write every pair to this file.")] = None,
 ) -> None:
@@ -223,7 +233,7 @@ def verify(
     from adrec.checkpoint import load_run
     from adrec.files import check_output, write_text
     from adrec.versions import installed_versions
-    from compress.export.verify import save_for_replay, verify_export
+    from compress.export.verify import verify_export
 
     _choose(split, ("validation", "test"), "--split")
     if output is not None:
@@ -250,10 +260,20 @@ def verify(
         }
         write_text(output, json.dumps(content, indent=2) + "\n")
     if save is not None:
-        for graph, inputs, outputs in save_for_replay(folder, source, examples.histories, save):
-            command = f"polygraphy run {folder / graph} --trt --strongly-typed --load-inputs {inputs}"
-            command += f" --load-outputs {outputs}"
-            console.print(command, markup=False, highlight=False)
+        from compress.export.replay import save_for_replay
+
+        saved = save_for_replay(folder, source, examples.histories, save)
+        for each in saved:
+            console.print(f"saved {each.inputs} and {each.outputs.name}", markup=False, highlight=False)
+        if saved:
+            said = (
+                f"{save / 'replay.sh'} repeats them with TensorRT and Polygraphy (copy {folder} and {save} there); it"
+                " compares lists up to ties, and scores to a tolerance where they are float32, and leaves Polygraphy's"
+                " report of each graph beside them"
+            )
+            console.print(said, markup=False, highlight=False)
+        else:
+            console.print(f"{folder} holds no request graph that TensorRT reads, so nothing was saved", markup=False)
     if any(pair.faults for pair in pairs):
         raise typer.Exit(1)
 
@@ -273,6 +293,25 @@ def _choose(value: str, allowed: tuple[str, ...], option: str) -> str:
     if value not in allowed:
         raise ConfigError(f"{option} is '{value}'{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
     return value
+
+
+def _precisions(precision: str, quantised: list[str], to: str) -> tuple[Literal["fp32", "fp16"], list[str]]:
+    """Precision of the float graphs, and the quantised variants that all options together ask for."""
+    if precision not in _EIGHT_BITS:
+        _choose(precision, ("fp32", "fp16", *_EIGHT_BITS), "--precision")
+        return ("fp16" if precision == "fp16" else "fp32"), quantised
+    if to != "tensorrt":
+        raise ConfigError(
+            f"--precision is '{precision}', which is for --to tensorrt; here eight bits are written beside the floats:"
+            " --int8 dynamic, --int8 qdq or --fp8"
+        )
+    wanted = _EIGHT_BITS[precision]
+    if others := [name for name in quantised if name != wanted]:
+        raise ConfigError(
+            f"--precision is '{precision}' and {others[0]} is asked for as well; for several plans use --precision fp16"
+            " with --int8 qdq and --fp8"
+        )
+    return "fp16", [wanted]
 
 
 def _plans(source: Run, steps: str | None) -> list[Any]:
@@ -321,13 +360,8 @@ def _examples(source: Run, data: Path | None, split: str, users: int | None) -> 
 
 
 def _sizes(profile: list[str] | None) -> dict[str, tuple[int, int]] | None:
-    from adrec.engines.tensorrt.profiles import parse_profile
+    from adrec.engines.tensorrt.profiles import parse_profile, size_range
 
     if not profile:
         return None
-    found: dict[str, tuple[int, int]] = {}
-    for text in profile:
-        for name, sizes in parse_profile(text).ranges.items():
-            low, high = found.get(name, (sizes.min, sizes.max))
-            found[name] = min(low, sizes.min), max(high, sizes.max)
-    return found
+    return size_range([parse_profile(text) for text in profile])

@@ -1,8 +1,8 @@
 """The ONNX linter: what a runtime refuses, or gets wrong without a word, found before it reads the file.
 
 Works on any ONNX file. Each finding names the rule, where it is, why it matters and what to do. Rules that only
-TensorRT has are left out for files that say they are for ONNX Runtime on CPUs (``adrec.runtime`` in their metadata), or
-with ``target="onnxruntime"``.
+TensorRT has are left out for files that say they are for ONNX Runtime (``adrec.runtime`` in their metadata), or with
+``target="onnxruntime"``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lint(path: Path, *, target: Target = "any", profiles: Mapping[str, tuple[int
     from compress.export.lint_rules import RULES
 
     view = read_view(path, profiles)
-    tensorrt = target == "any" and view.runtime != "onnxruntime-cpu"
+    tensorrt = target == "any" and view.runtime not in ("onnxruntime", "onnxruntime-cpu")
     found = [
         Finding(rule=rule.name, severity=rule.severity, where=where, reason=reason, fix=rule.fix)
         for rule in RULES
@@ -70,9 +70,9 @@ def _faults(rule: Rule, view: GraphView) -> Iterator[tuple[str, str]]:
         yield "file", f"is malformed, so that this rule cannot be checked: {str(error).strip().splitlines()[0]}"
 
 
-def require_clean(path: Path) -> None:
-    """Raise ExportError listing the errors of a file just exported, if there are any."""
-    faults = [finding for finding in lint(path) if finding.severity == "error"]
+def require_clean(path: Path, profiles: Mapping[str, tuple[int, int]] | None = None) -> None:
+    """Raise ExportError listing the errors of a file just exported, if there are any. profiles: as for `lint`."""
+    faults = [finding for finding in lint(path, profiles=profiles) if finding.severity == "error"]
     if faults:
         lines = "\n".join(f"  {each.rule}, {each.where}: {each.reason}" for each in faults[:10])
         raise ExportError(f"{path.name}: the exported graph breaks {len(faults)} rules and was not kept:\n{lines}")

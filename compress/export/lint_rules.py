@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -136,6 +137,28 @@ def _granularity(view: GraphView) -> Faults:
             yield view.name(node), "an activation has a scale per channel; TensorRT takes one per tensor"
 
 
+def _weight_granularity(view: GraphView) -> Faults:
+    weights = {node.input[1] for node in view.nodes if node.op_type in ("Gemm", "MatMul")}
+    producer = view.producer()
+    for node in view.nodes:
+        if node.op_type != "DequantizeLinear" or node.output[0] not in weights:
+            continue
+        stored, source = view.constants.get(node.input[0]), producer.get(node.input[0])
+        scale = view.constants.get(node.input[1])
+        if source is not None and source.op_type == "QuantizeLinear" and _is_constant(view, source.input[0], producer):
+            yield view.name(source), "quantises a weight in the graph, as if it were an activation"
+        elif stored is not None and stored.data_type == _INT8 and scale is not None and int(np.prod(scale.dims)) == 1:
+            yield view.name(node), "an int8 weight has one scale for all channels, the largest one's"
+
+
+def _is_constant(view: GraphView, name: str, producer: Mapping[str, Any]) -> bool:
+    """Whether a tensor is computed from constants alone, and is none itself."""
+    node = producer.get(name)
+    if node is None or name in view.constants or not node.input:
+        return False
+    return all(each in view.constants or _is_constant(view, each, producer) for each in node.input if each)
+
+
 def _quantisers(view: GraphView) -> Iterator:
     return (node for node in view.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
 
@@ -258,6 +281,13 @@ RULES = (
     Rule("scale", _scale, "calibrate once and store the scales", tensorrt=True),
     Rule("quantised-type", _quantised_type, "quantise to int8 or float8_e4m3fn", tensorrt=True),
     Rule("granularity", _granularity, "one scale per tensor for activations, per channel for weights", tensorrt=True),
+    Rule(
+        "weight-granularity",
+        _weight_granularity,
+        "store the weight in int8, with one scale a channel",
+        "warning",
+        tensorrt=True,
+    ),
     Rule("top-k", _top_k, "export a smaller constant k, or score the catalogue outside the graph", tensorrt=True),
     Rule("dimension-name", _dimension_name, "give the size a name when exporting (torch.export.Dim)"),
     Rule("profile", _profile, "give every dimension of the inputs a range, and no other"),

@@ -17,6 +17,7 @@ from adrec.respacing import Steps
 from adrec.schedule import DiffusionTable
 from adrec.versions import installed_versions
 from compress.export.graphs import Graph
+from compress.export.lint_rules import MOST_RESULTS
 
 PREFIX = "adrec."
 _TOOLS = ("adrec", "torch", "onnx", "onnxruntime")
@@ -63,7 +64,8 @@ def metadata(graph: Graph, origin: Origin, precision: Precision, serving: Servin
         "dataset": origin.dataset_name,
         "dataset_fingerprint": origin.dataset_fingerprint,
         "precision": precision,
-        "runtime": "onnxruntime-cpu" if precision == "int8-dynamic" else "any",
+        "floats": str(graph.core.dtype).removeprefix("torch."),
+        "runtime": _runtime(graph, precision),
         "catalogue": plan.catalogue,
         "items": config.items,
         "max_length": config.max_length,
@@ -71,6 +73,9 @@ def metadata(graph: Graph, origin: Origin, precision: Precision, serving: Servin
         "positions": config.positions,
         "k": plan.k if plan.kind in ("request", "score") else None,
     }
+    if any(spec.name == "histories" for spec in graph.inputs):
+        # A graph looks ids up without a check: runtimes read another row for an id below 0, or memory beyond the table.
+        facts["ids"] = f"1 to {config.items}, 0 for padding; unchecked"
     if graph.diffusion:
         facts |= {
             "schedule": config.schedule,
@@ -80,6 +85,14 @@ def metadata(graph: Graph, origin: Origin, precision: Precision, serving: Servin
         }
     versions = {f"version.{name}": version for name, version in tool_versions().items()}
     return {PREFIX + name: str(value) for name, value in (facts | versions).items() if value is not None}
+
+
+def _runtime(graph: Graph, precision: Precision) -> str:
+    """What a graph is for: ``any``, or what is left where TensorRT or GPUs have no operator for it."""
+    if precision == "int8-dynamic":
+        return "onnxruntime-cpu"
+    ranks = graph.plan.kind in ("request", "score")
+    return "onnxruntime" if ranks and graph.plan.k > MOST_RESULTS else "any"
 
 
 def graph_file(

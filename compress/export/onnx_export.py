@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,11 @@ class ExportOptions:
 
     steps: plans, a graph each (None: as trained). loop: also one graph whose step count is an input. split: also
     encode, denoise and score. precision: of the float graphs, fp32 or fp16. quantised: further variants of every
-    request graph, made from fp32. catalogue: where the item table is. inline_limit: bytes of weights above which they
-    are a file of their own. calibration: histories, needed by the Q/DQ variants. plugins: steps and scoring are
-    nodes of an own domain, which TensorRT runs with this project's kernels, others as model-local functions.
+    request graph with unrolled steps, made from it. keep_float: whether the request graphs that they are made from are
+    kept. catalogue: where the item table is. inline_limit: bytes of weights above which they are a file of their own.
+    calibration: histories, needed by the Q/DQ variants. plugins: steps and scoring are nodes of an own domain, which
+    TensorRT runs with this project's kernels, others as model-local functions. sizes: smallest and largest batch and
+    length of requests, where they are known: the linter checks limits against them.
     """
 
     steps: Sequence[Steps] = (1,)
@@ -54,10 +56,15 @@ class ExportOptions:
     calibration: Jagged | None = None
     quantiser: Literal["onnxruntime", "modelopt"] = "onnxruntime"
     plugins: bool = False
+    keep_float: bool = True
+    sizes: Mapping[str, tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
-        if self.quantised and self.precision != "fp32":
-            raise ConfigError(f"--precision is {self.precision}, but quantised graphs are made from fp32; drop one")
+        if "int8-dynamic" in self.quantised and self.precision != "fp32":
+            raise ConfigError(
+                f"--precision is {self.precision}, but dynamic int8 is for CPUs, which compute the rest in float32;"
+                " drop one"
+            )
         if self.catalogue == "outside" and not self.split:
             raise ConfigError("--table is outside, so nothing can rank the catalogue in one graph; add --split")
         if self.loop and any(isinstance(plan, ServingConfig) for plan in self.steps):
@@ -86,11 +93,12 @@ class _Writer:
         precision = self.options.precision
         self._keep(graph, precision, serving, lambda path: save_graph(graph, path, self.options.inline_limit,
                    metadata(graph, self.origin, precision, serving)))  # fmt: skip
-        if not quantised:
+        if not (quantised and self.options.quantised):
             return
         from compress.export.quantise import quantise_graph
 
-        source = self.folder / self.written[-1].file
+        entry = self.written[-1]
+        source = self.folder / entry.file
         for kind in self.options.quantised:
             facts = metadata(graph, self.origin, kind, serving)
 
@@ -101,17 +109,24 @@ class _Writer:
                 )  # fmt: skip
 
             self._keep(graph, kind, serving, write)
+        if not self.options.keep_float:
+            self.written.remove(entry)
+            for name in (entry.file, entry.data):
+                if name is not None:
+                    (self.folder / name).unlink()
 
     def _keep(
         self, graph: Graph, precision: Precision, serving: ServingConfig | None, write: Callable[[Path], str | None]
     ) -> None:
         from compress.export.lint import require_clean
 
-        name = graph_name(graph.plan, precision, serving, taken={each.file for each in self.written})
+        taken = {each.file for each in self.written}
+        name = graph_name(graph.plan, precision, serving, taken, floats=self.options.precision)
         data = write(self.folder / name)
-        require_clean(self.folder / name)
+        require_clean(self.folder / name, self.options.sizes if graph.plan.kind == "request" else None)
         self.written.append(graph_file(self.folder, name, graph, precision, serving, data))
-        self.report(name)
+        if self.options.keep_float or precision != self.options.precision or graph.plan.kind != "request":
+            self.report(name)
 
 
 # An engine exports in the middle of a request, and tensors made in inference mode cannot be traced.
@@ -131,6 +146,10 @@ def export_onnx(
     for a model that no graph computes or without the packages, ExportError where the linter finds a fault.
     """
     require_onnx()
+    if options.quantiser == "modelopt" and any(kind.endswith("qdq") for kind in options.quantised):
+        from compress.export.quantise import require_modelopt
+
+        require_modelopt()
     diffusion = isinstance(model, ADRec)
     if not diffusion and any(plan not in (None, 1) for plan in options.steps):
         raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
@@ -220,12 +239,18 @@ def strip_traces(model: Any) -> None:
     model.graph.metadata_props.clear()
 
 
-def graph_name(plan: GraphPlan, precision: Precision, serving: ServingConfig | None, taken: set[str]) -> str:
-    """``request-fp32-s4.onnx``: kind, precision, and steps where the graph has any."""
+def graph_name(
+    plan: GraphPlan, precision: Precision, serving: ServingConfig | None, taken: set[str], *, floats: str = "fp32"
+) -> str:
+    """``request-fp32-s4.onnx``: kind, precision, and steps where the graph has any.
+
+    floats: of what a quantised graph leaves in float, named where it is no fp32: ``request-int8-qdq-fp16-s4.onnx``.
+    """
+    rest = f"-{floats}" if floats not in ("fp32", precision) else ""
     steps = "-loop" if plan.loop else "" if plan.table is None else f"-s{plan.table.steps}"
     if serving is not None:
         steps += f"-{serving.sampler.replace('+', 'p')}"
-    stem, suffix = f"{plan.kind}-{precision}{steps}", ""
+    stem, suffix = f"{plan.kind}-{precision}{rest}{steps}", ""
     while f"{stem}{suffix}.onnx" in taken:
         suffix = f"-{int(suffix[1:] or 1) + 1}"
     return f"{stem}{suffix}.onnx"

@@ -1,17 +1,20 @@
-"""Quantised variants of an exported float32 graph.
+"""Quantised variants of an exported float graph.
 
 ``int8-dynamic`` is for ONNX Runtime on CPUs: weights of linear layers per channel, activations at run time.
-``int8-qdq`` and ``fp8-qdq`` are for GPUs: symmetric Q/DQ pairs around the same layers, scales from real histories. The
+``int8-qdq`` and ``fp8-qdq`` are for GPUs: symmetric Q/DQ pairs around linear layers, scales from real histories. The
 quantiser's own preprocessing is left out: it stores the item table twice.
+
+Q/DQ pairs are put around the layers that run once for every item of a history, nearly all of the work of a few steps.
+Layers that run once for a user (the reverse steps and the score) stay in float: what they round reaches the list
+undamped. In int8 they alone take the overlap of lists on ML-100k from .993 to .987 (validation, one step).
 """
 
 from __future__ import annotations
 
-import io
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +24,9 @@ import torch
 from adrec.data.jagged import Jagged
 from adrec.engines.exported import ExportError
 from adrec.errors import NotSupportedError
+from compress.export.float8 import quantise_float8
 from compress.export.graphs import Graph
+from compress.export.onnx_graph import dimensions
 
 QuantisationName = Literal["int8-dynamic", "int8-qdq", "fp8-qdq"]
 CALIBRATION_BATCH = 32
@@ -48,10 +53,16 @@ def quantise_graph(
         try:
             if kind == "int8-dynamic":
                 _dynamic(source, made)
-            elif quantiser == "modelopt":
-                _modelopt(source, made, kind, list(calibration_inputs(graph, calibration)))
             else:
-                _static(source, made, kind, calibration_inputs(graph, calibration, one_shape=kind == "fp8-qdq"))
+                folded = Path(scratch) / "folded.onnx"
+                floats = prepare(source, folded)
+                batches = calibration_inputs(graph, calibration)
+                if quantiser == "modelopt":
+                    _modelopt(folded, made, kind, graph, floats, batches)
+                elif kind == "fp8-qdq":
+                    quantise_float8(folded, made, floats, batches)
+                else:
+                    _static(folded, made, floats, batches)
         except NotSupportedError:
             raise
         except Exception as error:
@@ -60,40 +71,86 @@ def quantise_graph(
     return data
 
 
-def calibration_inputs(
-    graph: Graph, histories: Jagged | None, *, one_shape: bool = False
-) -> Iterator[dict[str, np.ndarray]]:
-    """Inputs of a graph for real histories, 32 users of similar length at a time, with drawn noise.
-
-    one_shape: all in one shape without padding, the last items of histories of the median length or more; the
-    calibration of float8 stacks what it collects.
-    """
+def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[str, np.ndarray]]:
+    """Inputs of a graph for real histories, 32 users of similar length at a time, with drawn noise."""
     if histories is None or len(histories) == 0:
         raise ExportError("no histories to calibrate with; name the data with --data")
-    if unknown := {spec.name for spec in graph.inputs} - {"histories", "lengths", "noise", "times", "coefficients"}:
-        raise NotSupportedError(f"a graph with the input '{sorted(unknown)[0]}' is not quantised with calibration")
     if graph.plan.loop:
         raise NotSupportedError("a loop is not quantised with calibration; export unrolled steps with --int8 qdq")
     histories = histories.tail(graph.core.config.max_length)
-    if one_shape:
-        middle = int(histories.lengths.median())
-        histories = histories.select((histories.lengths >= middle).nonzero().squeeze(1)).tail(middle)
-        size = min(CALIBRATION_BATCH, len(histories))
-        histories = histories.select(torch.arange(len(histories) // size * size))
     histories = histories.select(torch.argsort(histories.lengths, stable=True))
     size = min(CALIBRATION_BATCH, len(histories))
     generator = torch.Generator().manual_seed(0)
     for first in range(0, len(histories), size):
         batch = histories.select(torch.arange(first, min(first + size, len(histories))))
-        given = {
-            "histories": batch.padded(int(batch.lengths.max())).numpy(),
-            "lengths": batch.lengths.numpy(),
-        }
+        items, given = batch.padded(int(batch.lengths.max())), {}
         for spec in graph.inputs:
             if spec.name == "noise":
                 shape = (int(spec.shape[0]), len(batch), int(spec.shape[2]))
                 given["noise"] = torch.randn(shape, generator=generator).numpy()
+            elif spec.name == "lengths":
+                given["lengths"] = batch.lengths.numpy()
+            elif spec.name == "histories":
+                given["histories"] = items.numpy()
+            elif spec.name == "embedded":
+                given["embedded"] = graph.core.embed(items).detach().numpy()
+            else:
+                given["table"] = graph.core.model.table.detach().numpy()
         yield given
+
+
+def prepare(source: Path, target: Path) -> list[str]:
+    """Write a graph that is ready for Q/DQ pairs; returns the products that stay in float, by node.
+
+    Those have one row a user. A slice of a weight becomes a constant: it would be taken for an activation and get one
+    scale instead of one per channel. A weight that products of both kinds read is stored for each.
+    """
+    import onnx
+
+    model = onnx.load(str(source))
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Slice" and all(name in constants for name in node.input):
+            weight, *numbers = (onnx.numpy_helper.to_array(constants[name]) for name in node.input)
+            part = np.ascontiguousarray(weight[_cut(*numbers, dimensions=weight.ndim)])
+            constants[node.output[0]] = onnx.numpy_helper.from_array(part, node.output[0])
+            model.graph.initializer.append(constants[node.output[0]])
+        else:
+            kept.append(node)
+    infos = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    rows = {info.name: dimensions(info)[:1] for info in infos}
+    products = [node for node in kept if node.op_type == "Gemm"]
+    floats = [node.name for node in products if rows.get(node.input[0]) == ["batch"]]
+    read_as_floats = {node.input[1] for node in products if node.name in floats}
+    copies: set[str] = set()
+    for node in products:
+        name = node.input[1]
+        if node.name not in floats and name in read_as_floats:
+            node.input[1] = f"{name}_of_items"
+            if name not in copies:
+                copies.add(name)
+                model.graph.initializer.add().CopyFrom(constants[name])
+                model.graph.initializer[-1].name = node.input[1]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    # As external data: above 2 GiB a file holds no weights itself.
+    onnx.save(model, str(target), save_as_external_data=True, location=f"{target.stem}.data")
+    return floats
+
+
+def _cut(
+    starts: np.ndarray, ends: np.ndarray, axes: np.ndarray, steps: np.ndarray | None = None, *, dimensions: int
+) -> tuple[slice, ...]:
+    """What ONNX's Slice takes of an array."""
+    found = [slice(None)] * dimensions
+    strides = np.ones_like(axes) if steps is None else steps
+    for axis, first, last, stride in zip(axes, starts, ends, strides, strict=True):
+        found[int(axis)] = slice(int(first), int(last), int(stride))
+    return tuple(found)
 
 
 def _dynamic(source: Path, target: Path) -> None:
@@ -110,29 +167,22 @@ def _dynamic(source: Path, target: Path) -> None:
         )
 
 
-def _static(source: Path, target: Path, kind: str, batches: Iterator[dict[str, np.ndarray]]) -> None:
+def _static(source: Path, target: Path, floats: list[str], batches: Iterator[dict[str, np.ndarray]]) -> None:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(batches, None)
-
-    eight = QuantType.QFLOAT8E4M3FN if kind == "fp8-qdq" else QuantType.QInt8
-    method = CalibrationMethod.Distribution if kind == "fp8-qdq" else CalibrationMethod.MinMax
-    # The calibrator of float8 prints its progress.
-    with _quiet_root(), redirect_stdout(io.StringIO()):
+    with _quiet_root():
         quantize_static(
             source,
             target,
-            Reader(),
+            _reader(batches),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["Gemm"],
-            # float8 is as exact for small numbers as for large ones, and the zero padding row has no scale of its own.
-            per_channel=kind != "fp8-qdq",
-            activation_type=eight,
-            weight_type=eight,
-            calibrate_method=method,
+            nodes_to_exclude=floats,
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            calibrate_method=CalibrationMethod.MinMax,
+            use_external_data_format=True,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
@@ -143,22 +193,55 @@ def _static(source: Path, target: Path, kind: str, batches: Iterator[dict[str, n
         )
 
 
-def _modelopt(source: Path, target: Path, kind: str, batches: list[dict[str, np.ndarray]]) -> None:
+def require_modelopt() -> Any:
+    """NVIDIA's quantiser; raises NotSupportedError where it is missing."""
     try:
         from modelopt.onnx.quantization import quantize
     except ImportError:
         raise NotSupportedError(
             "NVIDIA's quantiser is not installed: pip install 'adrec[modelopt]', or leave --quantiser out"
         ) from None
-    widest = max(batches, key=lambda batch: batch["histories"].size)
-    quantize(
+    return quantize
+
+
+def _modelopt(
+    source: Path, target: Path, kind: str, graph: Graph, floats: list[str], batches: Iterator[dict[str, np.ndarray]]
+) -> None:
+    require_modelopt()(
         str(source),
         quantize_mode="fp8" if kind == "fp8-qdq" else "int8",
-        calibration_data=widest,
+        calibration_data_reader=_reader(batches),
+        # Its other method stacks what it collects, which needs one shape for all batches.
+        calibration_method="max",
         calibration_eps=["cpu"],
         op_types_to_quantize=["Gemm"],
+        nodes_to_exclude=[f"^{re.escape(name)}$" for name in floats],
+        # Else it makes float16 of the rest by itself.
+        high_precision_dtype=str(graph.core.dtype).replace("torch.float", "fp"),
         output_path=str(target),
+        log_level="ERROR",
     )
+
+
+def _reader(batches: Iterator[dict[str, np.ndarray]]) -> Any:
+    """Batches as both quantisers read them; the first may be asked for once more."""
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.first, self.rest = next(batches), batches
+            self.begun = False
+
+        def get_first(self) -> dict[str, np.ndarray]:
+            return self.first
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            if not self.begun:
+                self.begun = True
+                return self.first
+            return next(self.rest, None)
+
+    return Reader()
 
 
 def _finish(made: Path, target: Path, facts: dict[str, str], data: str | None) -> None:

@@ -9,6 +9,8 @@ It computes what `adrec.engines.cached` computes, with the same savings and othe
 - **The padding that the model was trained with is a key**, not columns: its keys and values are the same for every user
   and are stored as constants. Without positions it is one key with ``log(max_length - length)`` on its logit; where
   padding carries positions it is ``max_length`` keys, of which a user sees the first ``max_length - length``.
+- **Item ids are looked up unchecked**: runtimes count ids below 0 from the end of the table, and fail above N or read
+  memory beyond it. The engines check them, and a graph says what it takes (``adrec.ids`` in its metadata).
 - **The reverse steps run one query.** Keys (transposed) and values of the prefix are computed once; a step adds the
   logit of the new token to those of the prefix and never copies them.
 - **Masks are added, and are -1e4**, which float16 holds and whose exponential is zero. A column always sees itself, so

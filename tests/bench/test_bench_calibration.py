@@ -111,7 +111,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(read_calibration(out).runs) == 8
     (tmp_path / "other.jsonl").write_text("mine\n")
     for arguments, message in (
-        (["--out", str(tmp_path / "other.jsonl")], "line 1: not valid JSON"),
+        (["--out", str(tmp_path / "other.jsonl")], "no file of records but not JSON: it starts with 'mine'"),
         (["--engine", "cachet"], "did you mean 'cached'"),
         (["--seconds-per-cell", "0"], "--seconds-per-cell 0.0"),
     ):

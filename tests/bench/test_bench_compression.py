@@ -20,11 +20,13 @@ from adrec.data.dataset import Dataset
 from adrec.engines import CachedEngine
 from adrec.errors import ConfigError, DataError
 from adrec.evaluation import evaluate, kept_percent, top_overlap
-from bench.compression.held_against import HeldAgainst, file_bytes, network_name
+from bench.compression.held_against import HeldAgainst
+from bench.compression.networks import file_bytes, network_name
 from bench.compression.receipts import front_table, receipt_table, slower_notes, technique_table
-from bench.compression.record import CompressRecord, csv_table, markdown_table, read_compress_records
+from bench.compression.record import CompressRecord, read_compress_records
 from bench.compression.session import CANDIDATES, TRAINED, SearchSession, check_engines
 from bench.compression.stopwatch import Stopwatch
+from bench.compression.tables import csv_table, markdown_table
 from bench.json_lines import json_line
 from bench.timing import TimingProtocol
 from compress.api import compress_run, read_compression

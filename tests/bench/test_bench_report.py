@@ -6,17 +6,24 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects
 import pytest
+import torch
 
 from adrec.errors import AdrecError, DataError
-from bench.charts import charts_of
-from bench.plotly_figures import plotly_figure
+from bench.chart import FRONT_STYLE
+from bench.charts import charts_of, latency_percentiles, roofline
+from bench.json_lines import json_line
+from bench.kernels.engine_sweep import request_cost
+from bench.plotly_figures import log_ticks, plotly_figure
 from bench.recommendation import recommendation, share
-from bench.record import Estimate, TradeoffRecord
+from bench.record import Estimate, RequestRoof, TradeoffRecord
 from bench.report import group_studies, write_report
+from bench.timing import percentiles_ms
 
 EVIL = "</script><img src=x onerror=alert(1)>{{plotly}} `|*$x_1"
 
@@ -61,10 +68,16 @@ def _rows(records: list[TradeoffRecord]) -> dict[tuple[str | None, int | None], 
 def test_page_is_self_contained_and_complete(tiny_records: list[TradeoffRecord], tmp_path: Path) -> None:
     page = write_report(tiny_records, tmp_path / "out", command="adrec bench report rows.jsonl")
     assert page == tmp_path / "out" / "report.html"
-    assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report.md", "report.png"]
+    assert sorted(path.name for path in page.parent.iterdir()) == [
+        "report-charts",
+        "report.html",
+        "report.md",
+        "report.png",
+    ]
     parsed = _parsed(page)
-    assert parsed.addresses == ["data:,"]
-    assert parsed.names.count("figure") == 4
+    assert "data:," in parsed.addresses
+    assert all(address == "data:," or address.startswith("#") for address in parsed.addresses)
+    assert parsed.names.count("figure") == 6
     # Two header rows and one of budgets, then a row a record, a budget row a batch, and the nine metrics.
     assert parsed.names.count("tr") == 3 + len(tiny_records) + 2 + 4
     assert (page.with_suffix(".png")).read_bytes().startswith(b"\x89PNG")
@@ -74,23 +87,22 @@ def test_page_is_self_contained_and_complete(tiny_records: list[TradeoffRecord],
 
 
 def test_everything_from_records_is_escaped(tiny_records: list[TradeoffRecord], tmp_path: Path) -> None:
-    plain = _parsed(write_report(tiny_records, tmp_path / "plain.html"))
     evil = [each.model_copy(update={"dataset_name": EVIL, "command": EVIL}) for each in tiny_records]
     evil[1] = evil[1].model_copy(update={"error": EVIL, "engine": EVIL})
     path = write_report(evil, tmp_path / "evil.html")
     parsed = _parsed(path)
     assert "img" not in parsed.names
-    assert parsed.names.count("script") == plain.names.count("script")
+    assert parsed.names.count("script") == 3
     assert "{{plotly}}" in path.read_text()
     markdown = path.with_suffix(".md").read_text()
     # Outside the fenced command, which shows everything as it is, each "<" is escaped.
-    assert re.search(r"(?<!\\)<(?!evil\.png>)", re.sub(r"(?s)(`{3,}).*?\n\1", "", markdown)) is None
+    assert re.search(r"(?<!\\)<(?!evil[.-])", re.sub(r"(?s)(`{3,}).*?\n\1", "", markdown)) is None
 
 
 def test_figures_are_valid_plotly(tiny_records: list[TradeoffRecord]) -> None:
     for chart in charts_of(tiny_records, 1):
         figure = plotly_figure(chart)
-        plotly.graph_objects.Figure(figure)
+        plotly.graph_objects.Figure(data=figure["data"], layout=figure["layout"])
         json.dumps(figure, allow_nan=False)
         assert figure["data"]
 
@@ -101,7 +113,7 @@ def test_figure_data_of_the_page_is_for_every_batch_size(tiny_records: list[Trad
     assert found is not None
     figures = json.loads(found.group(1))
     assert [sorted(study) for study in figures] == [["1", "8"]]
-    assert [len(charts) for charts in figures[0].values()] == [4, 4]
+    assert [len(charts) for charts in figures[0].values()] == [6, 6]
 
 
 def test_without_matplotlib_the_page_is_still_written(
@@ -201,3 +213,170 @@ def test_recommendation_warns_of_failures_and_compares_with_the_baselines(
 @pytest.mark.parametrize(("ratio", "words"), [(1 / 57, "1/57"), (0.25, "1/4.0"), (1.0, "1 times"), (1.34, "1.3 times")])
 def test_share(ratio: float, words: str) -> None:
     assert share(ratio) == words
+
+
+def test_charts_without_data_say_why(tiny_records: list[TradeoffRecord], tmp_path: Path) -> None:
+    untimed = [each.model_copy(update={"timing": None, "roof": None, "error": "no"}) for each in tiny_records]
+    for chart in charts_of(untimed, 1):
+        if chart.key == "accuracy-steps":
+            assert chart.lines
+        else:
+            assert not chart.lines, chart.key
+            assert "No row of this batch size" in chart.empty or "No row has a latency" in chart.empty
+    unknown = [each.model_copy(update={"accuracy": None, "error": "no"}) for each in tiny_records]
+    empty = {chart.key for chart in charts_of(unknown, 1) if not chart.lines}
+    assert "accuracy-steps" in empty
+    text = write_report(untimed, tmp_path / "page.html").read_text()
+    assert "No row of this batch size has a latency; the table names the errors." in text
+
+
+def test_percentiles_are_of_the_calls(tiny_records: list[TradeoffRecord]) -> None:
+    row = _timed(_rows(tiny_records)["cached", 4], latency_ms_percentiles={50.0: 2.0, 90.0: 3.0})
+    (line,) = latency_percentiles([row], 1).lines
+    # Half of the calls are slower than p50, one in ten than p90.
+    assert line.x == pytest.approx([2.0, 10.0])
+    assert line.y == [2.0, 3.0]
+    older = _timed(row, latency_ms_percentiles=None, latency_ms_p50=1.0, latency_ms_p95=2.0, latency_ms_p99=4.0)
+    (line,) = latency_percentiles([older], 1).lines
+    assert line.x == pytest.approx([2.0, 20.0, 100.0])
+    assert line.y == [1.0, 2.0, 4.0]
+
+
+def test_few_calls_reach_few_percentiles() -> None:
+    found = percentiles_ms(np.arange(1.0, 11.0))
+    assert list(found) == [1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0]
+    assert found[50.0] == 5.5
+    assert 99.0 in percentiles_ms(np.arange(100.0))
+    assert 99.9 in percentiles_ms(np.arange(1000.0))
+    # Two samples have a median and nothing above.
+    assert max(percentiles_ms(np.arange(2.0))) == 50.0
+
+
+def test_roofline_is_work_over_time_under_the_measured_roof(tiny_records: list[TradeoffRecord]) -> None:
+    roof = RequestRoof(least_flops=8 * 10**9, least_bytes=10**9, gflops=100.0, gigabytes_per_second=10.0)
+    row = _timed(_rows(tiny_records)["cached", 4], latency_ms_p50=200.0).model_copy(update={"roof": roof})
+    points, ceiling = roofline([row], 1).lines
+    # 8 GFLOP in 0.2 s; memory takes 0.1 s of them, which is the floor.
+    assert (points.x, points.y) == ([8.0], [pytest.approx(40.0)])
+    assert points.details == ["floor 100 ms, 50.0% of the 200 ms it took"]
+    assert ceiling.x[1] == 10.0
+    assert ceiling.y == [10.0 * ceiling.x[0], 100.0, 100.0]
+
+
+def test_sweeps_note_the_least_work_of_requests(tiny_records: list[TradeoffRecord]) -> None:
+    rows = _rows(tiny_records)
+    one, four = rows["cached", 1], rows["reference", 4]
+    assert one.roof is not None
+    assert four.roof is not None
+    assert four.timing is not None
+    tokens = round(four.timing.history_tokens_per_batch_mean)
+    expected = request_cost(tokens, 1, 4, one.dataset_items, 16, torch.float32)
+    assert (four.roof.least_flops, four.roof.least_bytes) == (expected.flops, expected.bytes)
+    # A step more is two denoiser blocks on every user's last token.
+    assert four.roof.least_flops - one.roof.least_flops == 3 * 2 * 2 * 12 * 16**2
+    assert one.roof.gflops == four.roof.gflops > 0
+    assert all(each.roof is None for each in tiny_records if each.steps is None)
+    restored = TradeoffRecord.model_validate(json.loads(json_line(four)))
+    assert restored == four
+
+
+def test_lines_are_told_apart_without_colour(tiny_records: list[TradeoffRecord]) -> None:
+    base = _rows(tiny_records)["cached", 4]
+    many = [base.model_copy(update={"engine": f"engine {number}"}) for number in range(8)]
+    for chart in charts_of([*tiny_records, *many], 1):
+        looks = [
+            (trace["line"]["dash"], trace["marker"]["symbol"] if "markers" in trace["mode"] else "")
+            for trace in plotly_figure(chart)["data"]
+        ]
+        if chart.key in ("accuracy-latency", "latency-steps"):
+            assert len(looks) > 8
+    few = [*tiny_records, *many[:5]]
+    for chart in charts_of(few, 1)[:2]:
+        looks = [
+            (trace["line"]["dash"], trace["marker"]["symbol"] if "markers" in trace["mode"] else "")
+            for trace in plotly_figure(chart)["data"]
+        ]
+        assert len(looks) == len(set(looks)), (chart.key, looks)
+
+
+def test_a_level_far_away_is_left_to_the_legend(tiny_records: list[TradeoffRecord]) -> None:
+    row = _rows(tiny_records)["cached", 4]
+    assert row.accuracy is not None
+
+    def at(record: TradeoffRecord, value: float) -> TradeoffRecord:
+        assert record.accuracy is not None
+        metrics = {**record.accuracy.metrics_percent, "NDCG@20": Estimate(value=value, low=value - 1, high=value + 1)}
+        return record.model_copy(update={"accuracy": record.accuracy.model_copy(update={"metrics_percent": metrics})})
+
+    popularity = next(each for each in tiny_records if each.model == "popularity")
+    for level, folded in ((30.0, True), (48.0, False)):
+        lines = {line.name: line for line in charts_of([at(popularity, level), at(row, 50.0)], 1)[0].lines}
+        assert lines["popularity"].folded is folded
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (8.0, 70.0, [10, 20, 30, 50, 70]),
+        (0.5, 16.0, [0.5, 1, 2, 5, 10]),
+        (25.0, 10_500.0, [30, 100, 300, 1000, 3000, 10_000]),
+        (60.0, 66.0, [60, 66]),
+        (1e-3, 1e7, [1e-3, 1e-1, 1e1, 1e3, 1e5, 1e7]),
+    ],
+)
+def test_logarithmic_axes_have_few_round_ticks(low: float, high: float, expected: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(expected)
+
+
+def test_plotly_takes_nothing_of_a_record_for_markup(tiny_records: list[TradeoffRecord]) -> None:
+    row = _rows(tiny_records)["cached", 4].model_copy(update={"engine": "<a href='x'>e</a>"})
+    for chart in charts_of([row], 1):
+        for trace in plotly_figure(chart)["data"]:
+            # What the filters know a line by is never drawn.
+            del trace["meta"]
+            assert "<a" not in json.dumps(trace)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.2: 4.5 is asked of text, 3 of lines and controls."""
+    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def _palettes() -> dict[str, dict[str, str]]:
+    """Colours of the page by theme: its custom properties, and ``0`` to ``6`` of charts."""
+    template = resources.files("bench").joinpath("report_template.html").read_text(encoding="utf-8")
+    light, dark = re.findall(r"(--page:[^}]*)}", template)
+    found = {}
+    for name, properties in (("light", light), ("dark", dark)):
+        line = re.search(rf"{name}: \[(.*?)\]", template)
+        assert line is not None
+        charts = {str(place): colour for place, colour in enumerate(re.findall(r"#\w{6}", line.group(1)))}
+        found[name] = {**dict(re.findall(r"--(\w+): (#\w{6})", properties)), **charts}
+    return found
+
+
+def test_contrast_function_is_that_of_wcag() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
+    # The grey that just passes on white, and the one that just does not.
+    assert contrast("#767676", "#ffffff") >= 4.5 > contrast("#777777", "#ffffff")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_and_lines_have_contrast(theme: str) -> None:
+    colours = _palettes()[theme]
+    assert len([name for name in colours if name.isdigit()]) == 7
+    for ground in ("page", "card"):
+        for name in ("text", "soft", "accent", "bad"):
+            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+        assert contrast(colours["edge"], colours[ground]) >= 3.0
+    for style in range(7):
+        # Step counts beside the markers have the colour of their line; the Pareto line has no label.
+        least = 3.0 if style == FRONT_STYLE else 4.5
+        assert contrast(colours[str(style)], colours["card"]) >= least, style

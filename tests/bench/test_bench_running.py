@@ -13,6 +13,7 @@ import typer
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
+from adrec.engines import ENGINES
 from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
 from bench.archive import read_any
 from bench.cli import register
@@ -227,6 +228,29 @@ def test_the_registry_lists_what_there_is() -> None:
                 assert all(unit.seconds > 0 for unit in units)
 
 
+def test_the_suite_of_engines_takes_every_engine_that_runs_here_unless_some_are_named() -> None:
+    cpu = torch.device("cpu")
+    here = registry.engines_here(cpu)
+    assert {"reference", "cached"} <= set(here) <= set(ENGINES)
+    assert not [name for name in here if name.startswith(("triton", "tensorrt", "aotinductor"))]
+    assert ("onnxruntime-int8" in here) == ENGINES["onnxruntime-int8"].runs_on(cpu)
+    seconds = {
+        named: sum(unit.seconds for unit in registry._engines(Context(Path(), cpu, "", engines_named=named)))
+        for named in (True, False)
+    }
+    assert seconds[False] / seconds[True] == pytest.approx(len(here) / 2)
+
+
+def test_catalogues_beyond_the_memory_are_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(Path(), torch.device("cpu"), "")
+    monkeypatch.setattr("bench.kernels.engine_sweep.free_bytes", lambda device: 2 * 2**30)
+    assert registry._that_fit([10_000, 300_000, 3_000_000, 10_000_000], 128, context) == [10_000, 300_000]
+    (notice,) = context.notices
+    assert notice.startswith("suite scaling leaves out catalogues of 3000000 items and more: 3000000 items of 128 need")
+    monkeypatch.setattr("bench.kernels.engine_sweep.free_bytes", lambda device: 2**40)
+    assert registry._that_fit([10_000, 10_000_000], 128, context) == [10_000, 10_000_000]
+
+
 def invoke(*arguments: str) -> Any:
     app = typer.Typer()
     register(app)
@@ -287,7 +311,8 @@ def test_serving_command(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "serving.jsonl"
     shared = [str(tiny_run), "--steps", "1", "--users", "9", "--quiet", "--out", str(out), "--batch-most", "2"]
     done = invoke("serving", *shared, "--seconds", "0", "--queries", "4", "--rate", "500", "--bound-ms", "1e6")
-    assert done.exit_code == 0, done.output
+    # Whether the server kept up with its arrivals depends on the machine; that the exit status says so does not.
+    assert done.exit_code == int("no: the server was busy" in done.output), done.output
     assert "100.0% in 1e+06 ms" in done.output
     assert len(read_any(out)) == 3
     short = invoke("serving", *shared, "--queries", "100000", "--seconds-most", "0.01", "--scenarios", "offline")

@@ -200,10 +200,14 @@ def test_a_compressed_run_loads_serves_and_says_how_it_was_made(compressible_run
 
 
 def test_a_run_without_a_stage_for_steps_is_served_as_it_was_measured(compressible_run: Path, tmp_path: Path) -> None:
-    compress_run(compressible_run, Recipe(stages=["scale"]), tmp_path / "out")
+    lines: list[str] = []
+    compress_run(compressible_run, Recipe(stages=["scale"]), tmp_path / "out", report=lines.append)
     serving = load_run(tmp_path / "out").settings.serving
     assert serving is not None
     assert serving.count(4) == 4
+    assert "so the result takes all 4 reverse steps, as measured; add `- technique: steps` for fewer" in lines[-1]
+    compress_run(tmp_path / "out", Recipe(stages=["idle"]), tmp_path / "again", report=lines.append)
+    assert lines[-1] == "stage 1 of 1, 'idle'"
 
 
 def test_compressing_twice_keeps_the_first_story(compressible_run: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from distillation_cases import batch_of, constant_denoiser, draft_of, same, shor
 from pydantic import ValidationError
 
 from adrec.checkpoint import load_run, save_run
-from adrec.config import ModelConfig, ServingConfig
+from adrec.config import EarlyStop, ModelConfig, ServingConfig
 from adrec.data.dataset import Dataset
 from adrec.errors import RunError
 from adrec.models import ADRec
@@ -214,6 +214,15 @@ def test_guidance_is_distilled_away(tiny_model: Any, tiny_dataset: Dataset) -> N
     assert draft.settings.serving == ServingConfig(sampler="ddim", times=(7,), start="zero")
     assert draft.model.config.guidance_scale == 1.0
     assert draft.settings.model == draft.model.config
+
+
+def test_a_start_that_is_not_said_stays_as_the_run_is_served(teacher: ADRec, tiny_dataset: Dataset) -> None:
+    draft = draft_of(teacher, tiny_dataset)
+    served = ServingConfig(sampler="ddim", eta=0.5, start="zero", early_stop=EarlyStop(top=3))
+    draft.settings = draft.settings.model_copy(update={"serving": served})
+    apply(draft, StepDistillConfig(steps=2, teacher_steps=4, batch_size=32, optimiser=short(1)))
+    kept = ServingConfig(sampler="ddim", times=(2, 7), start="zero", early_stop=EarlyStop(top=3))
+    assert draft.settings.serving == kept
 
 
 def test_a_model_without_diffusion_is_skipped(tiny_model: Any, tiny_dataset: Dataset) -> None:

@@ -30,7 +30,7 @@ from compress.technique import CompressionError, Draft
 pytest.importorskip("torchao")
 ModelFactory = Callable[..., SequenceModel]
 HISTORIES = Jagged.from_lists([[1, 2, 3], [7], [9, 4, 11, 30, 2, 5], [40, 39], [12] * 20])
-FORMATS = ["int8", "int8-dynamic", "int4", "fp8", "bf16"]
+FORMATS = ["int8", "int8-dynamic", "int4", "fp8", "fp8-dynamic", "bf16"]
 
 
 def config_of(name: str, **options: object) -> QuantizeConfig:
@@ -58,6 +58,7 @@ def test_layers_hold_what_torchao_stores(name: str) -> None:
         "int8-dynamic": torchao.Int8DynamicActivationInt8WeightConfig(),
         "int4": torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(8)),
         "fp8": torchao.Float8WeightOnlyConfig(),
+        "fp8-dynamic": torchao.Float8WeightOnlyConfig(),
     }
     twin = nn.Linear(16, 24)
     twin.load_state_dict(layer.state_dict())
@@ -67,7 +68,7 @@ def test_layers_hold_what_torchao_stores(name: str) -> None:
     torch.testing.assert_close(found.weight, twin.weight.dequantize(), rtol=1e-6, atol=0.0)  # type: ignore[operator]
     # torchao rounds inputs with a scale of max / 127.5, so dynamic layers agree to a step of that.
     rows = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
-    assert sqnr_db(twin(rows), found(rows)) > (30.0 if name == "int8-dynamic" else 100.0)
+    assert sqnr_db(twin(rows), found(rows)) > {"int8-dynamic": 30.0, "fp8-dynamic": 25.0}.get(name, 100.0)
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-dynamic"])
@@ -111,9 +112,9 @@ def test_a_quantised_run_loads_bit_for_bit_and_engines_agree(
     cached = make_engine("cached", loaded.model).represent(HISTORIES, 4)
     assert torch.equal(cached, make_engine("cached", draft.model).represent(HISTORIES, 4))
     reference = make_engine("reference", loaded.model).represent(HISTORIES, 4)
-    if name == "int8-dynamic":
+    if name.endswith("-dynamic"):
         # An input on the edge between two whole numbers may fall either way in two engines.
-        assert sqnr_db(reference, cached) > 30.0
+        assert sqnr_db(reference, cached) > (30.0 if name == "int8-dynamic" else 25.0)
     else:
         torch.testing.assert_close(cached, reference, rtol=0.0, atol=1e-5)
     assert sqnr_db(make_engine("cached", model).represent(HISTORIES, 4), cached) > (10.0 if name == "int4" else 25.0)
@@ -170,6 +171,29 @@ def test_a_layer_that_rounding_would_ruin_is_skipped_and_named(model: SequenceMo
     assert draft.settings.quantization is not None
     assert fragile not in draft.settings.quantization.layers
     assert len(receipt.changed) + 1 == len(linear_layers(model))
+
+
+def test_a_layer_too_coarse_in_int4_falls_back_to_int8(model: SequenceModel, tiny_dataset: Dataset) -> None:
+    plain = quantize.apply(Draft.of(model, tiny_dataset), config_of("int4", min_sqnr=-100.0))
+    left = {change.what: float(change.detail["output_sqnr_db"]) for change in plain.changed}
+    middle = sorted(left.values())[len(left) // 2 - 1 : len(left) // 2 + 1]
+    bound = sum(middle) / 2.0
+    draft = Draft.of(model, tiny_dataset)
+    receipt = quantize.apply(draft, config_of("int4", min_sqnr=bound, fallback="int8"))
+    after = {change.what: change.after for change in receipt.changed}
+    assert after == {name: "int4" if found >= bound else "int8" for name, found in left.items()}
+    assert set(after.values()) == {"int4", "int8"}
+    for change in receipt.changed:
+        kept = draft.model.get_submodule(change.what)
+        assert isinstance(kept, QuantizedLinear)
+        assert kept.format.format == change.after
+        if change.after == "int8":
+            assert change.detail["output_sqnr_db in int4"] == left[change.what]
+    assert [skip.what for skip in receipt.skipped] == ["norms, biases, positions"]
+    # Where neither will do, both reasons are given.
+    refused = quantize.apply(Draft.of(model, tiny_dataset), config_of("int4", min_sqnr=1000.0, fallback="int8"))
+    assert refused.changed == ()
+    assert [refused.skipped[0].why.count(name) for name in ("int4 leaves", "int8 leaves")] == [1, 1]
 
 
 def test_nothing_is_changed_where_every_layer_is_skipped(model: SequenceModel, tiny_dataset: Dataset) -> None:
@@ -231,7 +255,9 @@ def test_a_group_that_divides_nothing_names_the_layer(model: SequenceModel) -> N
         ({"format": "int2"}, "'int8', 'int8-dynamic', 'int4', 'fp8', 'bf16' or 'auto'|Input should be"),
         ({"format": "int8", "group_size": 8}, "only int4 has groups"),
         ({"format": "auto"}, "auto needs users"),
+        ({"format": "int8-dynamic", "fallback": "int8"}, "fallback is int8, which is what 'int8-dynamic' stores"),
         ({"format": "int8-dynamic", "compute": "bfloat16"}, "says itself how it computes"),
+        ({"format": "fp8-dynamic", "compute": "bfloat16"}, "says itself how it computes"),
     ],
 )
 def test_bad_settings_are_refused(values: dict[str, object], message: str) -> None:
@@ -326,7 +352,7 @@ def test_fine_tuning_trains_for_the_rounded_layers(tiny_model: ModelFactory, tin
     assert draft.accuracy().metrics["NDCG@20"].value > before + 10.0
 
 
-@pytest.mark.parametrize("name", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-dynamic", "bf16"])
 def test_only_integers_can_be_trained_for(model: SequenceModel, tiny_dataset: Dataset, name: str) -> None:
     with pytest.raises(CompressionError, match="cannot be trained for; allowed: int8, int8-dynamic, int4"):
         quantize.apply(Draft.of(model, tiny_dataset), config_of(name, fine_tune_epochs=1))

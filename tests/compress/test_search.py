@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_techniques import ForgetConfig, IdleConfig, ScaleConfig, ServeConfig
 
+from adrec.config import ModelConfig
 from adrec.errors import ConfigError, DataError, NotSupportedError
 from compress.budget import Budget, Timing
 from compress.candidates import Candidate, CandidateBook, CandidateRecord, Option, Space, fingerprint_of
 from compress.search import Assessment, Search
 from compress.technique import Accuracy, CompressionError, Reading, Receipt
+from compress.workshop import PRECISIONS, space_of
 
 SPACE = Space(
     students=(Option("teacher"), Option("student", (ForgetConfig(keep=9),), frozenset({"teacher"}))),
@@ -229,7 +231,7 @@ def test_a_half_written_last_line_is_dropped_with_a_note(tmp_path: Path) -> None
         ("{", "line 2: not valid JSON"),
         ("[1]", "line 2: schema version None, this adrec reads 1"),
         ('{"schema_version": 2}', "line 2: schema version 2, this adrec reads 1; delete the line"),
-        ('{"schema_version": 1, "kind": "candidate"}', "line 2: field 'fingerprint': Field required"),
+        ('{"schema_version": 1, "kind": "candidate"}', "line 2: fingerprint is missing; delete the line"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -289,6 +291,69 @@ def test_candidates_that_may_be_equally_fast_are_told_apart_by_size(tmp_path: Pa
     fast, equal, slower = timed(0, 9, 1.0, 0.98, 1.02), timed(1, 3, 1.03, 1.01, 1.05), timed(2, 1, 1.1, 1.05, 1.2)
     assert search.choose([fast, equal, slower]) == equal
     assert search.choose([fast, slower]) == fast
+
+
+def test_a_wide_interval_lets_nothing_in_that_is_surely_slower_than_float32(tmp_path: Path) -> None:
+    """The fastest was timed badly; what takes twice as long as the plain model is not its equal for that."""
+    search = search_of(World())
+    records = search.run(CandidateBook(tmp_path / "candidates.jsonl"))[:3]
+
+    def timed(precision: str, size: int, value: float, low: float, high: float) -> CandidateRecord:
+        timing = Timing(batch=1, p50_ms=2, p95_ms=2, p99_ms=2, calls=3, ratio=Reading(value=value, low=low, high=high))
+        candidate = records[0].candidate.model_copy(update={"precision": precision})
+        return records[0].model_copy(update={"candidate": candidate, "timings": {1: timing}, "bytes": size})
+
+    noisy, plain, small = (
+        timed("weights", 4, 0.9, 0.5, 3.0),
+        timed("float32", 8, 1.0, 0.99, 1.01),
+        timed("table", 2, 2.0, 1.9, 2.1),
+    )
+    chosen = search.choose([noisy, plain, small])
+    assert chosen == noisy
+    verdicts = {record.candidate.precision: record.detail for record in search.judge([noisy, plain, small], chosen)}
+    assert verdicts == {
+        "weights": "chosen",
+        "float32": "not surely faster than the choice at batch 1, and 2.00 times as large",
+        "table": "another that keeps the accuracy is surely faster at batch 1",
+    }
+    assert search.choose([plain, small]) == plain
+    assert search.judge([plain, small], plain)[1].detail == "takes 2.00 times as long as the choice at batch 1"
+
+
+def test_every_record_says_why_it_was_not_chosen(tmp_path: Path) -> None:
+    world = World(
+        precision={"float32": 0.0, "weights": 1.2, "table": 0.0},
+        interval=0.5,
+        speed={("teacher", "float32", "fast"): 0.5, ("teacher", "table", "fast"): 40.0},
+    )
+    search = search_of(world)
+    records = search.run(CandidateBook(tmp_path / "candidates.jsonl"))
+    chosen = search.choose(records)
+    judged = {str(record.candidate): record.detail for record in search.judge(records, chosen)}
+    assert judged["teacher, 1 step, float32, fast"] == "chosen"
+    assert judged["teacher, 1 step, float32, slow"] == "takes 1.33 times as long as the choice at batch 1"
+    assert judged["teacher, 1 step, weights, fast"] == "loses 1.20 % of the validation NDCG@20; allowed: 1 %"
+    assert judged["teacher, 1 step, table, fast"] == "p99 41 ms at batch 1, 310 % beyond p99<=10.0ms@batch=1"
+    assert judged["teacher, 2 steps, float32, fast"] == "1 step keeps the accuracy"
+    assert all(judged.values())
+
+
+def test_auto_holds_every_precision_against_float32_and_bf16() -> None:
+    model = ModelConfig(items=9, width=8, heads=2, timesteps=4, schedule="cosine")
+    space = space_of(model, ["teacher"], ["auto"], [1], ["cached"])
+    assert {option.label for option in space.precisions} == set(PRECISIONS)
+    assert space.precisions[0].label == "float32"
+    less = {option.label: set(option.less) for option in space.precisions}
+    assert less["bf16"] == {"float32", "bf16 table"}
+    assert less["int8"] == {"float32", "int8 table", "int8 weights"}
+    assert less["int4"] == {"float32", "int8 table"}
+    some = space_of(model, ["teacher"], ["int4", "float32"], [1], ["cached"])
+    assert [option.label for option in some.precisions] == ["float32", "int4"]
+    (layers, table) = some.precisions[1].stages
+    assert layers.model_dump(include={"format", "fallback"}) == {"format": "int4", "fallback": "int8"}
+    assert table.model_dump(include={"format"}) == {"format": "int8"}
+    with pytest.raises(ConfigError, match=r"holds 'aut' \(did you mean 'auto'\?\); allowed: auto, float32, bf16 table"):
+        space_of(model, ["teacher"], ["aut"], [1], ["cached"])
 
 
 def test_the_front_has_no_dominated_record(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from adrec.engines import CachedEngine
 from adrec.errors import ConfigError, RunError
 from adrec.evaluation import evaluate
 from adrec.models.adrec import ADRec
+from compress.api import apply_recipe
+from compress.recipe import Recipe
 from compress.step_search import StepSearch
 from compress.steps import StepsConfig, apply
 from compress.technique import Draft
@@ -73,6 +75,50 @@ def test_the_settings_say_how_the_run_is_sampled(
     apply(draft, parse(StepsConfig, options, "recipe"))
     kept = {name: value for name, value in options.items() if name not in ("steps", "spacing")}
     assert draft.settings.serving == ServingConfig.model_validate({"times": expected, **kept})
+
+
+SERVED = ServingConfig(sampler="ddim", eta=0.5, start="zero", early_stop=EarlyStop(top=3))
+
+
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        ({}, {}),
+        ({"spacing": "greedy"}, {}),
+        ({"start": "noise"}, {"start": "noise"}),
+        ({"eta": 0.0}, {"eta": 0.0}),
+        ({"sampler": "ddim"}, {}),
+        ({"sampler": "dpm++2m"}, {"sampler": "dpm++2m", "eta": 0.0}),
+        ({"early_stop": "never"}, {"early_stop": None}),
+        ({"early_stop": {"top": 5}}, {"early_stop": EarlyStop(top=5)}),
+    ],
+)
+def test_what_a_stage_does_not_say_stays_as_the_run_is_served(
+    draft: Draft, said: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    draft.settings = draft.settings.model_copy(update={"serving": SERVED})
+    receipt = apply(draft, parse(StepsConfig, {"steps": 1} | said, "recipe"))
+    assert draft.settings.serving == SERVED.model_copy(update={"times": (6,)} | changed)
+    assert receipt.changed[0].before == "7 (ddim, eta 0.5, from zero, until the top 3 stays for 1)"
+
+
+def test_stages_that_do_not_sample_leave_the_serving_settings(draft: Draft) -> None:
+    """Recipes of every order: only `steps` writes how a run is sampled."""
+    pytest.importorskip("torchao", reason="quantising layers needs torchao")
+    for stages in (["quantize", "item_table"], ["item_table", "quantize"], ["steps", "quantize", "item_table"]):
+        fresh = Draft.of(draft.model, draft.dataset, settings=draft.settings.model_copy(update={"serving": SERVED}))
+        receipts = apply_recipe(fresh, Recipe(stages=stages, max_loss=90))
+        expected = SERVED.model_copy(update={"times": (6,)}) if "steps" in stages else SERVED
+        assert fresh.settings.serving == expected
+        sampled = evaluate(CachedEngine(fresh.model), fresh.validation("test"), steps=expected, seed=fresh.seed)
+        assert receipts[-1].accuracy is not None
+        assert receipts[-1].accuracy.metrics["NDCG@20"].value == sampled.metrics["NDCG@20"].value
+
+
+def test_an_eta_that_the_runs_sampler_has_not_is_refused(draft: Draft) -> None:
+    with pytest.raises(ConfigError, match=r"'steps': .*eta is 0\.5, but only sampler 'ddim' has one"):
+        apply(draft, StepsConfig(eta=0.5))
+    assert draft.settings.serving is None
 
 
 def test_without_data_only_searches_are_refused(tiny_model: Any) -> None:
@@ -211,7 +257,8 @@ def test_notes_say_when_steps_are_useless_and_when_one_is_too_few(tiny_model: An
     [
         ({"steps": 0}, "steps is 0; allowed: greater than or equal to 1"),
         ({"spacing": "cubic"}, "spacing is 'cubic'; allowed: 'uniform', 'quadratic', 'greedy' or 'dynamic'"),
-        ({"eta": 0.5}, "eta is 0.5, but only sampler 'ddim' has one"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta is 0.5, but only sampler 'ddim' has one; leave it out of 'ddpm'"),
+        ({"early_stop": "soon"}, "early_stop is 'soon'"),
         ({"sampler": "heun"}, "sampler is 'heun'"),
         ({"candidates": 1}, "candidates is 1; allowed: greater than or equal to 2"),
     ],

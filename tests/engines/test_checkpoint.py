@@ -152,7 +152,16 @@ def test_another_schema_version_is_refused(saved: Path, name: str) -> None:
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "schema_version": 2}))
     message = refusal(saved)
     assert str(path) in message
-    assert "schema_version is 2" in message
+    assert "schema_version is 2; allowed: 1" in message
+    writer = json.loads((saved / "run.json").read_text())["tool_version"]
+    assert f"read the run with adrec {writer}, which wrote the run, restore {name} from a copy, or train" in message
+
+
+def test_a_run_of_an_unknown_writer_says_what_to_do_too(saved: Path) -> None:
+    (saved / "run.json").write_text("[1]")
+    message = refusal(saved)
+    assert "settings is [1]; expected a section of settings" in message
+    assert "read the run with the adrec that wrote the run, restore run.json from a copy, or train" in message
 
 
 def test_a_setting_of_a_later_version_is_refused(saved: Path) -> None:

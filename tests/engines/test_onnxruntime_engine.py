@@ -162,6 +162,12 @@ def test_from_export_wants_the_same_model_and_what_the_folder_holds(
     loaded = OnnxRuntimeEngine.from_export(folder, engine.model, threads=1)
     histories = histories_of([5, 9])
     assert torch.equal(loaded.recommend(histories, 5, 2).items, engine.recommend(histories, 5, 2).items)
+    named = make_engine("onnxruntime", engine.model, folder)
+    assert torch.equal(named.recommend(histories, 5, 2).items, loaded.recommend(histories, 5, 2).items)
+    with pytest.raises(ConfigError, match="holds no onnx request graph in int8-dynamic; it holds: fp32"):
+        make_engine("onnxruntime-int8", engine.model, folder)
+    with pytest.raises(ConfigError, match="engine 'cached' reads no exported folder"):
+        make_engine("cached", engine.model, folder)
     with pytest.raises(ExportError, match="was exported from another model"):
         OnnxRuntimeEngine.from_export(folder, tiny_model(seed=1, lambda_uncertainty=1.0))
     with pytest.raises(ConfigError, match="holds no onnx request graph in fp16; it holds: fp32"):

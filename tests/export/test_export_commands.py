@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
@@ -19,6 +23,7 @@ from adrec.engines import CachedEngine
 from adrec.engines.base import TopK
 from adrec.errors import AdrecError
 from compress.export.comparison import Pair, hit_difference, tied_overlap
+from compress.export.replay_compare import compare_float32, compare_lists
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -133,8 +138,12 @@ def test_saved_inputs_and_outputs_replay(run: Path, exported: Path, tmp_path: Pa
     from polygraphy.comparator import RunResults
 
     result = adrec("export", "verify", exported, "--against", run, "--users", "7", "--save", tmp_path)
-    # In TensorRT 10 a network is strongly typed only where it is asked for.
-    assert "--trt --strongly-typed --load-inputs" in result.output
+    assert f"{tmp_path / 'replay.sh'} repeats them with TensorRT and Polygraphy" in result.output
+    script = (tmp_path / "replay.sh").read_text()
+    # In TensorRT 10 a network is strongly typed only where it is asked for. Dynamic int8 is not for TensorRT.
+    assert "runner=${POLYGRAPHY_RUNNER:---trt --strongly-typed}" in script
+    assert re.search(r"--input-shapes histories:\[7,\d+\] lengths:\[7\] noise:\[3,7,16\]", script)
+    assert "int8-dynamic" not in script
     (inputs,) = polygraphy_json.load_json(str(tmp_path / "request-fp32-s2-inputs.json"))
     outputs = RunResults.load(str(tmp_path / "request-fp32-s2-outputs.json"))
     assert inputs["histories"].shape[0] == 7
@@ -143,6 +152,108 @@ def test_saved_inputs_and_outputs_replay(run: Path, exported: Path, tmp_path: Pa
     )
     items = session.run(["items"], dict(inputs))[0]
     assert (items == outputs["onnxruntime-cpu"][0]["items"]).all()
+
+
+def replay(*change: tuple[str, Any]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Verdicts of both comparisons on one list of three items, the second and the third tied, with changes."""
+    there: dict[str, Any] = {
+        "items": np.array([[4, 7, 2]]), "scores": np.array([[3.0, 2.0, 2.0]]), "rows": np.array([[0.5, -1.0]])
+    }  # fmt: skip
+    here = there | dict(change)
+    return dict(compare_float32(here, there)), dict(compare_lists(here, there))
+
+
+def test_a_replay_compares_lists_up_to_ties() -> None:
+    right = {"scores": True, "rows": True, "items": True}
+    assert replay() == (right, {"scores": True, "items": True})
+    assert replay(("items", np.array([[4, 2, 7]])))[0] == right
+    # Item 9 has the score of the last one: which of the tied items is listed is not said.
+    assert replay(("items", np.array([[4, 7, 9]])))[0] == right
+    assert replay(("items", np.array([[9, 7, 2]]))) == (right | {"items": False}, {"scores": True, "items": False})
+    assert replay(("scores", np.array([[3.0, 2.0, 2.0 - 4e-5]])))[0] == right | {"scores": False}
+    assert replay(("rows", np.array([[0.5, -1.0 + 2e-5]])))[0] == right | {"rows": False}
+    assert replay(("scores", np.array([[3.0, 2.0, np.nan]]))) == (
+        right | {"scores": False}, {"scores": False, "items": True}
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_script_replays_and_tells_a_wrong_graph(run: Path, exported: Path, tmp_path: Path) -> None:
+    """With Polygraphy's runner of ONNX Runtime in the place of TensorRT's."""
+    pytest.importorskip("polygraphy")
+    adrec("export", "verify", exported, "--against", run, "--users", "7", "--save", tmp_path / "saved")
+    other = tmp_path / "other"
+    other.mkdir()
+    model = onnx.load(exported / "request-fp32-s2.onnx")
+    bias = next(each for each in model.graph.initializer if each.name.endswith("score_bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+    onnx.save(model, other / "request-fp32-s2.onnx")
+    environment = {
+        **os.environ, "POLYGRAPHY_RUNNER": "--onnxrt", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    }  # fmt: skip
+    for folder, status in ((exported, 0), (other, 1)):
+        command = ["sh", str(tmp_path / "saved" / "replay.sh"), str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout
+        report = (tmp_path / "saved" / "request-fp32-s2-accuracy.json").read_text()
+        assert ('"scores": false' in report) is bool(status)
+        assert '"items": true' in report
+
+
+def test_the_parts_of_a_request_are_verified_too(run: Path, tmp_path: Path) -> None:
+    from adrec.engines.exported import graph_sha256
+
+    out = tmp_path / "parts"
+    assert adrec("export", run, "--steps", "2", "--loop", "--split", "--table", "input", "--out", out).exit_code == 0
+    checked = ("export", "verify", out, "--against", run, "--users", "30", "--batch-sizes", "1,7")
+    result = adrec(*checked)
+    assert result.exit_code == 0, result.output
+    lines = [line.split(":")[0] for line in result.output.splitlines()]
+    assert "encode-fp32.onnx + denoise-fp32-s2.onnx + score-fp32.onnx, onnxruntime cpu, 2 steps" in lines
+    assert "encode-fp32.onnx + denoise-fp32-loop.onnx + score-fp32.onnx, onnxruntime cpu, 4 steps" in lines
+    # Whole and in parts, each unrolled and as a loop of 1 and of 4 steps.
+    assert len(lines) == 2 * (1 + 2)
+    model = onnx.load(out / "score-fp32.onnx")
+    constant = next(
+        node for node in model.graph.node if node.op_type == "Gemm" or node.op_type == "MatMul"
+    )  # scores before the top k
+    model.graph.node.append(onnx.helper.make_node("Neg", [constant.output[0]], ["turned"]))
+    for node in model.graph.node:
+        if node.op_type in ("Add", "TopK") and constant.output[0] in node.input:
+            node.input[list(node.input).index(constant.output[0])] = "turned"
+    nodes = sorted(model.graph.node, key=lambda node: (node.op_type == "TopK", node.op_type == "Neg"))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, out / "score-fp32.onnx")
+    manifest = json.loads((out / "export.json").read_text())
+    for graph in manifest["graphs"]:
+        if graph["file"] == "score-fp32.onnx":
+            graph["sha256"] = graph_sha256(out, graph["file"], None)
+    (out / "export.json").write_text(json.dumps(manifest))
+    result = adrec(*checked)
+    assert result.exit_code == 1, result.output
+    assert "request-fp32-s2.onnx, onnxruntime cpu, 2 steps: score error" in result.output
+    wrong = [line for line in result.output.splitlines() if not line.endswith("ok")]
+    assert len(wrong) == 3
+    assert all("score-fp32.onnx" in line for line in wrong)
+
+
+@pytest.mark.parametrize(("model", "table"), [("adrec", "outside"), ("sasrec", "inside")])
+def test_representations_are_verified_where_the_table_is_outside(
+    tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, data: Path, model: str, table: str
+) -> None:
+    made = tiny_model(model=model, max_length=20, **({"timesteps": 4, "schedule": "sqrt"} if model == "adrec" else {}))
+    save_run(tmp_path / "run", RunConfig(model=made.config), made, tiny_dataset, str(data), {})
+    out = tmp_path / "out"
+    assert (
+        adrec("export", tmp_path / "run", "--split", "--table", table, "--precision", "fp16", "--out", out).exit_code
+        == 0
+    )
+    result = adrec("export", "verify", out, "--against", tmp_path / "run", "--users", "30")
+    named = ["represent-fp16-s1.onnx", "encode-fp16.onnx + denoise-fp16-s1.onnx"]
+    expected = named if model == "adrec" else ["request-fp16.onnx", "represent-fp16.onnx + score-fp16.onnx"]
+    assert [line.split(",")[0] for line in result.output.splitlines()] == expected
+    assert result.exit_code == 0, result.output
 
 
 def test_the_baseline_is_exported_and_verified_too(run: Path, tmp_path: Path) -> None:
@@ -158,8 +269,15 @@ def test_bad_options_are_refused_before_any_work(run: Path, exported: Path, tmp_
     assert "--to is 'onx' (did you mean 'onnx'?); allowed: onnx, " in refused(
         "export", run, "--to", "onx", "--out", out
     )
-    assert "--precision is 'fp8'; eight bits are --int8 dynamic, --int8 qdq or --fp8" in refused(
+    assert "--precision is 'fp8', which is for --to tensorrt; here eight bits are written beside" in refused(
         "export", run, "--precision", "fp8", "--out", out
+    )
+    assert "--precision is 'fp46' (did you mean 'fp16'?)" in refused("export", run, "--precision", "fp46", "--out", out)
+    assert "--quantiser is of Q/DQ nodes, and none are asked for" in refused(
+        "export", run, "--quantiser", "modelopt", "--out", out
+    )
+    assert "dynamic int8 is for CPUs" in refused(
+        "export", run, "--precision", "fp16", "--int8", "dynamic", "--out", out
     )
     assert "--int8 is 'static'; allowed: dynamic, qdq" in refused("export", run, "--int8", "static", "--out", out)
     assert "--steps holds 5; allowed: 1 to 4" in refused("export", run, "--steps", "1,5", "--out", out)

@@ -70,6 +70,23 @@ def top_k(k: int, items: int, *, computed: bool = False) -> Any:
     return model(nodes, constants, inputs=inputs, output=("y", INT64, ["batch", None] if computed else ["batch", k]))
 
 
+def int8_weight(*, in_graph: bool, channels: int = 1) -> Any:
+    """``x @ w`` with w in int8: stored so with a scale for each of ``channels``, or sliced and quantised as it runs."""
+    scale, axis = (0.1, 1) if channels == 1 else (np.full(channels, 0.1), 1)
+    zero = np.zeros(np.shape(scale), np.int8)
+    constants = [tensor("scale", scale), tensor("zero", zero, np.int8)]
+    back = helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["w"], name="d", axis=axis)
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
+    if not in_graph:
+        return model([back, product], [*constants, tensor("q", np.ones((4, 4)), np.int8)])
+    constants += [tensor("whole", np.ones((8, 4))), tensor("start", [4], np.int64), tensor("end", [8], np.int64)]
+    nodes = [
+        helper.make_node("Slice", ["whole", "start", "end"], ["half"]),
+        helper.make_node("QuantizeLinear", ["half", "scale", "zero"], ["q"], name="q"),
+    ]
+    return model([*nodes, back, product], constants)
+
+
 def attention_guard() -> Any:
     nodes = [
         helper.make_node("Softmax", ["x"], ["p"]),
@@ -134,6 +151,7 @@ BROKEN: dict[str, tuple[Build, str]] = {
         lambda: quantised(zero=[0, 0, 0, 0], scale=[0.1, 0.2, 0.3, 0.4]),
         "an activation has a scale per channel; TensorRT takes one per tensor",
     ),
+    "weight-granularity": (lambda: int8_weight(in_graph=False), "an int8 weight has one scale for all channels"),
     "top-k": (lambda: top_k(3841, 5000), "K is 3841; TensorRT allows at most 3840"),
     "dimension-name": (
         lambda: model([relu()], inputs={"x": (FLOAT, [None, 4])}, output=("y", FLOAT, ["batch", 4])),
@@ -179,6 +197,13 @@ def test_each_rule_finds_what_breaks_it(write: Callable[..., Path], rule: str) -
     assert reason in finding.reason
     assert finding.where
     assert finding.fix == next(each.fix for each in RULES if each.name == rule)
+
+
+def test_a_weight_that_is_quantised_as_an_activation_is_found(write: Callable[..., Path]) -> None:
+    (found,) = lint(write(int8_weight(in_graph=True)))
+    assert (found.rule, found.severity, found.where) == ("weight-granularity", "warning", "QuantizeLinear 'q'")
+    assert found.reason == "quantises a weight in the graph, as if it were an activation"
+    assert lint(write(int8_weight(in_graph=False, channels=4))) == []
 
 
 def test_every_rule_is_broken_somewhere_here() -> None:

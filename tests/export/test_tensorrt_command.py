@@ -16,6 +16,7 @@ from adrec.config import RunConfig
 from adrec.data.dataset import Dataset
 from adrec.errors import AdrecError
 from compress.export.folder import check_folder
+from compress.export.tensorrt.graph import read_graph
 
 pytest.importorskip("onnxscript")
 PROFILE = ("--profile", "batch=1:1:1,length=1:8:20")
@@ -28,6 +29,7 @@ def adrec(*arguments: str | Path) -> Result:
 @pytest.fixture(autouse=True)
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
 
 
 @pytest.fixture
@@ -56,6 +58,25 @@ def test_all_but_the_plan_is_written_and_the_status_is_3(run: Path, tmp_path: Pa
     assert "notes.txt" in str(adrec(*arguments, "--overwrite").exception)
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_eight_bits_are_a_precision_of_tensorrt(
+    tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, precision: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    tiny_dataset.save(data)
+    model = tiny_model(model="sasrec", positions="learned", max_length=20)
+    save_run(tmp_path / "run", RunConfig(model=model.config), model, tiny_dataset, str(data), {})
+    # The same said twice is no contradiction.
+    again = ("--int8", "qdq") if precision == "int8" else ("--fp8",)
+    asked = ("--to", "tensorrt", *PROFILE, "--precision", precision, *again, "--k", "5")
+    result = adrec("export", tmp_path / "run", *asked, "--out", out)
+    assert isinstance(result.exception, AdrecError), result.output
+    assert result.exception.exit_code == 3
+    assert [each.name for each in out.glob("*.onnx")] == [f"request-{precision}-qdq-fp16.onnx"]
+    graph = read_graph(out / f"request-{precision}-qdq-fp16.onnx")
+    assert graph.floats == {"float16", {"int8": "int8", "fp8": "float8_e4m3fn"}[precision]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -65,6 +86,14 @@ def test_all_but_the_plan_is_written_and_the_status_is_3(run: Path, tmp_path: Pa
         ((*PROFILE, "--hardware-compatibility", "any"), "hardware_compatibility"),
         ((*PROFILE, "--weights", "none"), "weights"),
         ((*PROFILE, "--int8", "dynamic"), "use --int8 qdq"),
+        ((*PROFILE, "--precision", "int8", "--int8", "dynamic"), "--precision is 'int8' and int8-dynamic is asked for"),
+        (
+            (*PROFILE, "--precision", "int8", "--fp8"),
+            "for several plans use --precision fp16 with --int8 qdq and --fp8",
+        ),
+        ((*PROFILE, "--precision", "fp8", "--int8", "qdq"), "--precision is 'fp8' and int8-qdq is asked for as well"),
+        ((*PROFILE, "--precision", "int4"), "allowed: fp32, fp16, int8, fp8"),
+        ((*PROFILE, "--quantiser", "modelopt", "--int8", "qdq"), "pip install 'adrec[modelopt]'"),
         ((*PROFILE, "--loop"), "leave out --loop"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +12,17 @@ import pytest
 import torch
 from strict_tensorrt import StrictTensorRT
 from tensorrt_cases import HERE
+from tensorrt_standin import standin
 from torch import Tensor
 
 from adrec.data.jagged import Jagged
-from adrec.engines import CachedEngine
+from adrec.engines import CachedEngine, make_engine
 from adrec.engines.exported import ExportError
 from adrec.engines.tensorrt import engine, library
 from adrec.engines.tensorrt.engine import TensorRTEngine
+from adrec.engines.tensorrt.plan import read_record
 from adrec.engines.tensorrt.profiles import choose_profile, parse_profile
-from adrec.errors import ConfigError
+from adrec.errors import ConfigError, NotSupportedError
 from compress.export.onnx_export import ExportOptions, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -33,6 +36,11 @@ class GraphRunner:
         self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
         self.record = SimpleNamespace(key=SimpleNamespace(profiles=PROFILES))
         self.device, self.batches = torch.device("cpu"), []  # type: ignore[var-annotated]
+        self.replayed: list[tuple[int, ...]] = []
+
+    def replay(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.replayed.append(tuple(inputs["histories"].shape))
+        return self(inputs)
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch, length = inputs["histories"].shape
@@ -76,6 +84,65 @@ def test_a_request_is_that_of_cached(made: TensorRTEngine, batch: int, batches: 
     torch.testing.assert_close(rows, exact.represent(given, steps, noise=noise), atol=1e-5, rtol=0)
     _, runner = made.session(made.table(steps))
     assert runner.batches == batches * 2  # type: ignore[attr-defined]
+
+
+def test_lengths_are_padded_to_a_few_sizes_where_graphs_are_replayed(made: TensorRTEngine, folder: Path) -> None:
+    given = Jagged.from_lists([[3, 5, 7]] * 2)
+    exact = CachedEngine(made.model).recommend(given, 4, 2)
+    found = made.recommend(given, 4, 2)
+    torch.testing.assert_close(found.scores, exact.scores, atol=1e-5, rtol=0)
+    made.recommend(Jagged.from_lists([[3] * 9]), 4, 2)
+    _, runner = made.session(made.table(2))
+    # A power of two from 8 on, and never more than the profile has.
+    assert runner.replayed == [(2, 8), (1, 9)]  # type: ignore[attr-defined]
+    assert made.columns(runner, 2, 12) == 12
+    plain = TensorRTEngine(made.model, folder=folder, cuda_graphs=False)
+    again = plain.recommend(given, 4, 2)
+    assert torch.equal(again.items, found.items)
+    _, runner = plain.session(plain.table(2))
+    assert runner.replayed == []  # type: ignore[attr-defined]
+    assert plain.columns(runner, 2, 3) == 3
+
+
+def test_by_name_it_exports_builds_and_keeps_a_plan(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = standin("11_4")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "load", lambda: trt)
+    monkeypatch.setattr(library, "this_platform", lambda module: HERE)
+    monkeypatch.setattr(engine, "PlanRunner", lambda plan: GraphRunner(plan.parent / f"{plan.name.split('.')[0]}.onnx"))
+    model, given = tiny_model(timesteps=32, max_length=9), histories(3)
+    for _ in range(2):
+        found = make_engine("tensorrt", model).recommend(given, 4, 1)
+        assert torch.equal(found.items, CachedEngine(model).recommend(given, 4, 1).items)
+    assert len(trt.calls("Builder.build_serialized_network")) == 1
+    (plan,) = tmp_path.rglob("*.plan")
+    assert plan.parent.name.startswith("onnx-fp32-")
+    profiles = read_record(plan).key.profiles
+    assert [str(each) for each in profiles] == [
+        "batch=1:1:1,length=1:9:9", "batch=2:16:32,length=1:9:9", "batch=33:256:512,length=1:9:9"
+    ]  # fmt: skip
+
+
+def test_where_it_cannot_run_the_error_says_what_to_do(
+    tiny_model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(timesteps=32, max_length=9)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    for name in ("tensorrt", "tensorrt-fp16"):
+        with pytest.raises(
+            NotSupportedError, match=f"engine '{name}' cannot run here: TensorRT is not installed: pip install .*"
+        ):
+            make_engine(name, model)
+    monkeypatch.undo()
+    monkeypatch.setattr(library, "load", lambda: StrictTensorRT("11_4"))
+    monkeypatch.setattr(library, "this_platform", lambda module: HERE)
+    without = make_engine("tensorrt", model, folder)
+    with pytest.raises(ExportError, match=r"holds no plan of .* Build it: adrec export RUN --to tensorrt"):
+        without.recommend(histories(2), 4, 2)
+    with pytest.raises(ConfigError, match="holds no onnx request graph in fp16"):
+        make_engine("tensorrt-fp16", model, folder)
 
 
 def test_lists_that_the_graph_does_not_rank_are_scored_here(made: TensorRTEngine) -> None:

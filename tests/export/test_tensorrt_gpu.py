@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines import CachedEngine
+from adrec.engines import CachedEngine, make_engine
 from adrec.engines.tensorrt import PlanRunner, available
 from adrec.engines.tensorrt.engine import TensorRTEngine
 from adrec.engines.tensorrt.profiles import parse_profile
@@ -104,6 +104,45 @@ def test_a_captured_request_is_the_plain_one(tiny_model: Any, tmp_path: Path) ->
         replayed = {name: each.clone() for name, each in captured(request(seed)).items()}
         for name, expected in plain.items():
             torch.testing.assert_close(replayed[name], expected)
+
+
+def test_requests_that_come_again_are_replayed(tiny_model: Any, tmp_path: Path) -> None:
+    """Plain, captured and replayed: three times the same request, and then another of the same shape."""
+    made = engine(tiny_model(timesteps=32, max_length=9), tmp_path / "out")
+    plain = TensorRTEngine.from_export(tmp_path / "out", made.model, cuda_graphs=False)
+    for seed, batch in ((0, 4), (0, 4), (0, 4), (1, 4), (0, 1), (0, 1)):
+        given = histories(batch)
+        found, expected = made.recommend(given, 5, 1, seed), plain.recommend(given, 5, 1, seed)
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=1e-5)
+        assert float((found.items == expected.items).float().mean()) > 0.9
+    _, runner = made.session(made.table(1))
+    assert len(runner.captures) == 2
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("int8-qdq", "int8"), ("fp8-qdq", "float8_e4m3fn")])
+@pytest.mark.parametrize("floats", ["fp32", "fp16"])
+def test_eight_bits_are_eight_bits_and_near(
+    tiny_model: Any, tmp_path: Path, kind: str, dtype: str, floats: str
+) -> None:
+    if kind == "fp8-qdq" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 needs Ada or newer")
+    model, given = tiny_model(timesteps=32, max_length=9), histories(33)
+    made = engine(
+        model, tmp_path / "out", precision=floats, quantised=(kind,), keep_float=False, calibration=histories(64)
+    )
+    _, runner = made.session(made.table(1))
+    assert not runner.record.precision_confirmed or dtype in runner.record.layers
+    rows, exact = made.represent(given, 1), CachedEngine(model).represent(given, 1)
+    assert float((rows - exact).norm() / exact.norm()) < 0.1
+
+
+def test_by_name_it_builds_what_a_request_needs(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, given = tiny_model(timesteps=32, max_length=9).cuda(), histories(3)
+    found, exact = make_engine("tensorrt", model).recommend(given, 5, 1), CachedEngine(model).recommend(given, 5, 1)
+    torch.testing.assert_close(found.scores, exact.scores, atol=1e-5, rtol=1e-5)
 
 
 def test_streams_do_not_disturb_each_other(tiny_model: Any, tmp_path: Path) -> None:

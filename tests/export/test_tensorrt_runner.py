@@ -208,6 +208,37 @@ def test_a_graph_is_captured_after_one_plain_run(loaded: tuple[StrictTensorRT, P
         captured({"x": torch.ones(2, 6, 4)})
 
 
+def test_the_second_request_of_a_shape_is_captured_and_the_third_replayed(
+    loaded: tuple[StrictTensorRT, PlanRunner, Streams],
+) -> None:
+    trt, made, streams = loaded
+
+    def launches(batch: int) -> tuple[int, list[str]]:
+        before, streams.events[:] = len(trt.calls("IExecutionContext.execute_async_v3")), []
+        made.replay({"x": torch.full((batch, 5, 4), float(batch))})
+        return len(trt.calls("IExecutionContext.execute_async_v3")) - before, list(streams.events)
+
+    assert launches(2) == (1, [])
+    assert launches(3) == (1, [])
+    assert launches(2) == (2, ["wait", "capture", "captured", "replay"])
+    assert launches(2) == (0, ["replay"])
+    assert launches(3) == (2, ["wait", "capture", "captured", "replay"])
+    assert len(made.captures) == 2
+    made.captures.most = 2
+    assert [launches(4)[1] for _ in range(3)] == [[], [], []]
+    # What a graph launches is not what a refitted engine holds.
+    made.refit(Path("small.onnx"))
+    assert launches(2) == (1, [])
+
+
+def test_what_cannot_be_captured_says_how_to_go_on(loaded: tuple[StrictTensorRT, PlanRunner, Streams]) -> None:
+    trt, made, streams = loaded
+    trt.replies["IExecutionContext.execute_async_v3"] = lambda context, stream_handle: "capture" not in streams.events
+    made.replay({"x": torch.zeros(2, 5, 4)})
+    with pytest.raises(TensorRTError, match=r"x \[2, 5, 4\] cannot be captured .* cuda_graphs=False"):
+        made.replay({"x": torch.zeros(2, 5, 4)})
+
+
 def test_tensors_of_a_cpu_are_refused() -> None:
     with pytest.raises(ConfigError, match="inputs are on cpu; the engine was loaded on cuda:1 and reads tensors there"):
         runner.check_devices({"x": torch.zeros(1)}, torch.device("cuda", 1))

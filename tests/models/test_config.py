@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from adrec.config import ModelConfig, RunConfig, StrictModel, TrainConfig, load_yaml, parse
+from adrec.config import (
+    EarlyStop,
+    LayerFormat,
+    ModelConfig,
+    RunConfig,
+    StrictModel,
+    TrainConfig,
+    load_yaml,
+    parse,
+)
 from adrec.errors import ConfigError
 from adrec.files import write_text
 
@@ -67,6 +76,34 @@ def test_an_unknown_nested_key_is_compared_with_its_own_section(values: dict[str
 def test_a_wrong_value_is_named_with_its_range(values: dict[str, Any], parts: list[str]) -> None:
     message = refusal(ModelConfig, **values)
     assert all(part in message for part in ["config.yaml: ", *parts]), message
+
+
+class Either(StrictModel):
+    name: Literal["a", "b"] | Literal["c"] | int | None = None
+    section: EarlyStop | Literal["never"] | None = None
+    formats: dict[str, LayerFormat] = Field(default_factory=dict)
+    several: tuple[EarlyStop, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "d"}, "name is 'd'; allowed: 'a' or 'b' or 'c' or a valid integer"),
+        ({"section": "soon"}, "section is 'soon'; expected a section of settings (key: value lines), or 'never'"),
+        ({"section": {"top": 0}}, "section.top is 0; allowed: greater than or equal to 1"),
+        ({"section": {"tpo": 1}}, "unknown key 'section.tpo' (did you mean 'top'?); allowed: top, patience"),
+        ({"formats": {"a.b": {"formt": "int8"}}}, "unknown key 'formats.a.b.formt' (did you mean 'format'?)"),
+        ({"formats": {"a.b": 3}}, "formats.a.b is 3; expected a section of settings"),
+        ({"several": [{}, {"patience": 0}]}, "several.1.patience is 0; allowed: greater than or equal to 1"),
+    ],
+)
+def test_what_may_be_one_of_several_kinds_is_one_message(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Either, values, "here")
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith(f"here: {message}") for line in lines), lines
+    assert "literal" not in str(caught.value)
+    assert "EarlyStop" not in str(caught.value)
 
 
 def test_every_wrong_value_is_reported_at_once() -> None:
@@ -131,11 +168,11 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert parse(RunConfig, load_yaml(path), str(path)) == settings
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text", "", "key: [1, 2", "\t: x"])
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text", "", "# nothing", "key: [1, 2", "\t: x"])
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "settings.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"settings\.yaml: (holds|cannot be read)"):
+    with pytest.raises(ConfigError, match=r"settings\.yaml: (holds (list|str)|is empty|cannot be read)"):
         load_yaml(path)
 
 

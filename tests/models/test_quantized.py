@@ -224,7 +224,10 @@ def test_formats_that_do_not_fit_are_refused(layers: dict[str, object], message:
         ({"table": {"format": "int4"}}, "int4 needs group_size"),
         ({"table": {"format": "int8", "group_size": 4}}, "only int4 has groups"),
         ({"layers": {"a": {"format": "int8-dynamic", "compute": "bfloat16"}}}, "computes with integers"),
-        ({"layers": {"a": {"format": "fp8-dynamic"}}}, "'int8', 'int8-dynamic', 'int4', 'fp8' or 'bf16'"),
+        (
+            {"layers": {"a": {"format": "int4-dynamic"}}},
+            "'int8', 'int8-dynamic', 'int4', 'fp8', 'fp8-dynamic' or 'bf16'",
+        ),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(values: dict[str, object], message: str) -> None:

@@ -9,24 +9,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adrec.engines.exported import ExportError, GraphFile, GraphFormat, Manifest
+from adrec.engines.exported import ExportError, GraphFile, GraphFormat, Manifest, Precision
 from adrec.engines.exported_engine import ExportedEngine
 from adrec.engines.tensorrt import library
 from adrec.engines.tensorrt.library import Platform, TensorRTError
 from adrec.engines.tensorrt.plan import check_platform, digest, read_record
 from adrec.engines.tensorrt.runner import PlanRunner
+from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
+
+# Columns of the narrowest captured request; wider ones are powers of two.
+NARROWEST = 8
 
 
 class TensorRTEngine(ExportedEngine):
-    """Runs the plans that `adrec export RUN --to tensorrt` made in ``folder`` on this machine; see `ExportedEngine`.
+    """Runs TensorRT plans of whole requests on this machine's GPU; see `ExportedEngine`.
 
-    Users are cut into batches of the plan's largest. A request whose batch or length no profile covers is refused
-    before it runs. Raises NotSupportedError without TensorRT or a GPU.
+    folder: of ``adrec export RUN --to tensorrt``; None exports and builds with default profiles on the first request
+    for a number of steps, which takes minutes, and keeps the plan for the next process. Users are cut into batches of
+    the plan's largest, and a request whose batch or length no profile covers is refused before it runs. cuda_graphs:
+    replay requests whose shapes come again, see `Captures`; for them lengths are padded up to a few sizes, which
+    changes no result. Raises NotSupportedError without TensorRT or a GPU.
     """
 
     name = "tensorrt"
     format: ClassVar[GraphFormat] = "onnx"
+    exporter: ClassVar[str | None] = "tensorrt"
     # As few runs as the plan allows: a GPU is kept waiting by starts, not by padding.
     run_tokens: ClassVar[float] = 1e9
 
@@ -35,9 +43,17 @@ class TensorRTEngine(ExportedEngine):
         """A CUDA device, with TensorRT installed."""
         return device.type == "cuda" and library.available()
 
-    def __init__(self, model: SequenceModel, *, folder: Path, only: str | None = None) -> None:
-        super().__init__(model, folder=Path(folder), only=only)
-        self.platform = library.this_platform(library.load())
+    def __init__(
+        self, model: SequenceModel, *, folder: Path | None = None, only: str | None = None, cuda_graphs: bool = True
+    ) -> None:
+        try:
+            self.platform = library.this_platform(library.load())
+        except NotSupportedError as error:
+            raise NotSupportedError(
+                f"engine '{self.name}' cannot run here: {error}; or use engine 'onnxruntime'"
+            ) from None
+        super().__init__(model, folder=None if folder is None else Path(folder), only=only)
+        self.cuda_graphs = cuda_graphs
 
     def open(self, path: Path) -> PlanRunner:
         return PlanRunner(find_plan(path, self.platform))
@@ -46,11 +62,30 @@ class TensorRTEngine(ExportedEngine):
         profiles = session.record.key.profiles
         return max((each.ranges["batch"].max for each in profiles if "batch" in each.ranges), default=None)
 
+    def columns(self, session: PlanRunner, users: int, longest: int) -> int:
+        if not self.cuda_graphs:
+            return longest
+        profiles = [each for each in session.record.key.profiles if each.covers({"batch": users, "length": longest})]
+        widest = max((each.ranges["length"].max for each in profiles), default=longest)
+        return min(widest, max(NARROWEST, 1 << (longest - 1).bit_length()))
+
     def run(
         self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]
     ) -> dict[str, Tensor]:
-        found = session({name: torch.from_numpy(value).to(session.device) for name, value in inputs.items()})
+        given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        if self.cuda_graphs:
+            found = session.replay(given)
+        else:
+            found = session({name: tensor.to(session.device) for name, tensor in given.items()})
         return {name: found[name].cpu() for name in outputs}
+
+
+class TensorRTFloat16Engine(TensorRTEngine):
+    """`TensorRTEngine` with weights, item table and activations in float16."""
+
+    name = "tensorrt-fp16"
+    precision: ClassVar[Precision] = "fp16"
+    dtype = torch.float16
 
 
 def tensorrt_engines(folder: Path, manifest: Manifest, model: SequenceModel) -> list[tuple[GraphFile, TensorRTEngine]]:
@@ -76,4 +111,6 @@ def find_plan(graph: Path, here: Platform) -> Path:
             return plan
         reasons.append(f"{plan.name} was built from another {graph.name}")
     why = f": {'; '.join(reasons)}" if reasons else ""
-    raise ExportError(f"{graph.parent}: holds no plan of {graph.name} for this machine{why}. Build it: sh build.sh")
+    script = graph.parent / "build.sh"
+    build = f"sh {script}" if script.is_file() else "adrec export RUN --to tensorrt --profile ... --out DIR"
+    raise ExportError(f"{graph.parent}: holds no plan of {graph.name} for this machine{why}. Build it: {build}")

@@ -123,6 +123,16 @@ def uncovered(profiles: Sequence[Profile], limits: Mapping[str, tuple[int, int]]
     return [", ".join(f"{name} {low} to {high}" for name, (low, high) in zip(names, gap, strict=True)) for gap in found]
 
 
+def size_range(profiles: Iterable[Profile]) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of each dimension over all profiles."""
+    found: dict[str, tuple[int, int]] = {}
+    for profile in profiles:
+        for name, sizes in profile.ranges.items():
+            low, high = found.get(name, (sizes.min, sizes.max))
+            found[name] = min(low, sizes.min), max(high, sizes.max)
+    return found
+
+
 def choose_profile(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int:
     """Index of the covering profile whose opt is nearest to a request; ConfigError names the nearest if none covers it.
 

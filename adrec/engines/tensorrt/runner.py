@@ -1,4 +1,4 @@
-"""Run a TensorRT plan on torch tensors: streams, memory, and CUDA graphs."""
+"""Run a TensorRT plan on torch tensors: streams, contexts, and the weights of a plan that holds none."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from adrec.engines.tensorrt import library
+from adrec.engines.tensorrt.capture import CapturedPlan, Captures
 from adrec.engines.tensorrt.library import TensorRTError, last_messages, start
 from adrec.engines.tensorrt.plan import PlanRecord, digest, read_plan
-from adrec.engines.tensorrt.session import Allocate, Session, check_tensors
+from adrec.engines.tensorrt.session import Session, allocate_like, check_tensors
 from adrec.errors import ConfigError
 
 
@@ -32,10 +33,11 @@ class PlanRunner:
         self.device = library.current_device()
         self.logger = library.collecting_logger(self.trt)
         self.engine = deserialise(self.trt, self.logger, content, self.record)
+        self._sessions: dict[int, Session] = {}
+        self.captures = Captures(lambda inputs: CapturedPlan(self, inputs))
+        self._stream: torch.cuda.Stream | None = None
         if self.record.key.options.get("weights") == "stripped":
             self.refit(self._own_graph())
-        self._sessions: dict[int, Session] = {}
-        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one request. inputs: contiguous CUDA tensors of the plan's dtypes. Raises ConfigError, TensorRTError."""
@@ -65,6 +67,7 @@ class PlanRunner:
     def refit(self, graph: Path) -> None:
         """Exchange the weights for those of an ONNX file with the same graph; not while a request runs. See `refit`."""
         refit(self.trt, self.engine, self.logger, graph)
+        self.captures.clear()
 
     def _own_graph(self) -> Path:
         """The ONNX file that a stripped plan was built from: others' weights would pass unseen."""
@@ -85,6 +88,16 @@ class PlanRunner:
         check_devices(inputs, self.device)
         return CapturedPlan(self, inputs)
 
+    def replay(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run one request as a CUDA graph where its shapes came before, plainly else; see `Captures`.
+
+        inputs: as for a call, but also on the CPU. The next `replay` of these shapes overwrites the outputs.
+        """
+        captured = self.captures.find(inputs)
+        if captured is not None:
+            return captured(inputs)
+        return self({name: tensor.to(self.device) for name, tensor in inputs.items()})
+
     def _run(self, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream) -> dict[str, Tensor]:
         handle = stream.cuda_stream
         if handle not in self._sessions:
@@ -93,39 +106,6 @@ class PlanRunner:
         outputs = session.bind(inputs, allocate_like(inputs), handle)
         session.enqueue(handle)
         return outputs
-
-
-class CapturedPlan:
-    """A request of fixed shapes as a CUDA graph, with an execution context and memory of its own.
-
-    A call copies the inputs in, replays, and returns the outputs, which the next call overwrites.
-    """
-
-    def __init__(self, runner: PlanRunner, inputs: Mapping[str, Tensor]) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self._session = runner.session()
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.outputs = self._session.bind(self.inputs, allocate_like(self.inputs), stream.cuda_stream)
-            # TensorRT sets itself up for new shapes in the first launch, which no graph may hold.
-            self._session.enqueue(stream.cuda_stream)
-        stream.synchronize()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._session.enqueue(stream.cuda_stream)
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Replay on new values. Raises ConfigError for other shapes or dtypes than those captured."""
-        for name, held in self.inputs.items():
-            given = inputs.get(name)
-            if given is None or given.shape != held.shape or given.dtype != held.dtype:
-                found = "missing" if given is None else f"{given.dtype} {list(given.shape)}"
-                raise ConfigError(f"input '{name}' is {found}; the graph was captured for {held.dtype} {[*held.shape]}")
-            held.copy_(given)
-        self._graph.replay()
-        return self.outputs
 
 
 def deserialise(trt: ModuleType, logger: Any, content: bytes, record: PlanRecord) -> Any:
@@ -150,12 +130,6 @@ def check_devices(inputs: Mapping[str, Tensor], device: torch.device) -> None:
     if others := {tensor.device for tensor in inputs.values()} - {device}:
         found = ", ".join(sorted(map(str, others)))
         raise ConfigError(f"inputs are on {found}; the engine was loaded on {device} and reads tensors there")
-
-
-def allocate_like(inputs: Mapping[str, Tensor]) -> Allocate:
-    """Outputs on the device of the inputs."""
-    device = next(iter(inputs.values())).device
-    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
 
 
 def refit(trt: ModuleType, engine: Any, logger: Any, graph: Path) -> None:

@@ -30,6 +30,12 @@ DATA_TYPES = {
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
+def allocate_like(inputs: Mapping[str, Tensor]) -> Allocate:
+    """Outputs on the device of the inputs."""
+    device = next(iter(inputs.values())).device
+    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
+
+
 def dimension_sizes(record: PlanRecord, inputs: Mapping[str, Tensor]) -> dict[str, int]:
     """Size of each dynamic dimension of a request. Raises ConfigError for inputs that do not fit the plan's."""
     expected = {each.name: each for each in record.inputs}

@@ -14,12 +14,15 @@ from typing import Literal
 from pydantic import ValidationError
 
 from adrec.config import StrictModel
+from adrec.engines.exported import Precision, load_manifest
 from adrec.engines.tensorrt import library
 from adrec.engines.tensorrt.library import TensorRTError
 from adrec.engines.tensorrt.plan import PlanKey, PlanRecord, plan_name, read_plan, record_path
-from adrec.engines.tensorrt.profiles import Profile, check_profiles, uncovered
+from adrec.engines.tensorrt.profiles import Profile, check_profiles, parse_profile, uncovered
 from adrec.errors import AdrecError, ConfigError, NotSupportedError
 from adrec.files import write_bytes, write_text
+from adrec.models.base import SequenceModel
+from adrec.respacing import Steps
 from compress.export.tensorrt.builder import build
 from compress.export.tensorrt.graph import Graph, read_graph
 from compress.export.tensorrt.options import BuildOptions
@@ -116,6 +119,30 @@ def export_tensorrt(
         notes += [f"{plan.name}: {note}" for note in record.notes]
         plans[graph.path.name] = plan
     return Exported(folder, plans, None, tuple(notes), trtexec)
+
+
+def export_for_engine(
+    model: SequenceModel, root: Path, *, steps: Steps, loop: bool, precision: Precision, k: int
+) -> Path:
+    """Export the one graph that an engine needs and build its plan, in a folder under ``root``; returns the folder.
+
+    The graph is that of ONNX Runtime's engine. A plan for this machine that is there already is kept.
+    """
+    from compress.export.onnx_export import export_for_engine as export_graph
+
+    folder = export_graph(model, root, steps=steps, loop=loop, precision=precision, k=k)
+    graphs = [folder / graph.file for graph in load_manifest(folder).graphs if graph.precision == precision]
+    export_tensorrt(graphs, default_profiles(model.config.max_length), BuildOptions()).require_plans()
+    return folder
+
+
+def default_profiles(max_length: int) -> list[Profile]:
+    """One user, small batches and large ones, of any length: what an engine is built for where nobody says more."""
+    lengths = {1: min(16, max_length), 2: max_length, 33: max_length}
+    return [
+        parse_profile(f"batch={batch},length=1:{lengths[least]}:{max_length}")
+        for least, batch in ((1, "1:1:1"), (2, "2:16:32"), (33, "33:256:512"))
+    ]
 
 
 def own_files(folder: Path, graphs: Iterable[str]) -> set[str]:

@@ -1,0 +1,71 @@
+"""The networks that are held against each other: their names, what they store, and the files that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from adrec.checkpoint import Run, load_run
+from adrec.errors import RunError
+from adrec.models.base import SequenceModel
+
+FLOAT = "float32"
+NAMES: dict[tuple[str, str | None], str] = {
+    ("", "int8"): "int8 table",
+    ("", "bf16"): "bf16 table",
+    ("int8", None): "int8 weights",
+    ("int8", "int8"): "int8",
+    ("int8 in bfloat16", "int8"): "int8 bf16",
+    ("int8-dynamic", "int8"): "int8 dynamic",
+    ("bf16 in bfloat16", "bf16"): "bf16",
+}
+"""Of the formats of layers and item table: the name of that precision in `compress.workshop.PRECISIONS`."""
+
+
+def network_name(run: Run) -> str:
+    """Blocks of encoder and denoiser, and the width, such as ``2+2 x 128``."""
+    config = run.config
+    denoiser = config.denoiser_blocks if config.model == "adrec" else 0
+    kind = " mlp" if denoiser and config.denoiser == "mlp" else ""
+    return f"{config.encoder_blocks}+{denoiser}{kind} x {config.width}"
+
+
+def stored_precision(run: Run) -> str:
+    """The precision that a run stores, by the name of `compress.workshop.PRECISIONS` where it has one."""
+    stored = run.settings.quantization
+    if stored is None:
+        return FLOAT
+    computed = {(each.format, each.compute) for each in stored.layers.values()}
+    layers = ", ".join(sorted(name if compute == FLOAT else f"{name} in {compute}" for name, compute in computed))
+    table = None if stored.table is None else stored.table.format
+    return NAMES.get((layers, table)) or f"layers {layers or FLOAT}, table {table or FLOAT}"
+
+
+def load_networks(teacher: Run, paths: Sequence[Path], option: str) -> list[Run]:
+    """Load compressed runs; raises RunError for one of other data than the teacher's, and for a rounded teacher."""
+    if (stored := stored_precision(teacher)) != FLOAT:
+        raise RunError(
+            f"{teacher.path}: stores {stored}, so that it is no teacher to be held against; give the run that it was"
+            f" made from, and this one with {option}"
+        )
+    loaded = [load_run(path) for path in dict.fromkeys(paths)]
+    for other in loaded:
+        if other.dataset_fingerprint != teacher.dataset_fingerprint:
+            raise RunError(
+                f"{option} {other.path}: was trained on '{other.info.dataset_name}', RUN on"
+                f" '{teacher.info.dataset_name}'; give runs of the same data set"
+            )
+    return loaded
+
+
+def file_bytes(model: SequenceModel) -> int:
+    """Bytes of the file that a run stores a model's weights in."""
+    return len(save(state_of(model)))
+
+
+def state_of(model: SequenceModel) -> dict[str, Tensor]:
+    """The weights of a model as a run stores them."""
+    return {name: value.detach().contiguous() for name, value in model.state_dict().items()}

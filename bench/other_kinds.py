@@ -1,0 +1,207 @@
+"""Sections of a report for records other than trade-offs: a kind's rows as a table, and what has a curve as a chart."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bench.archive import AnyRecord
+from bench.calibration import CalibrationRecord, describe
+from bench.chart import BASELINE_STYLE, Chart, Line
+from bench.comparing.rows import Row, rows_in
+from bench.compression.record import CompressRecord
+from bench.compression.slower import slower_sentences
+from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
+from bench.markdown import escaped, markdown_table
+from bench.page_parts import facts_box, figure_place, machine_facts
+from bench.plotly_figures import plotly_figure
+from bench.profiling.page import HEADS, WORDS, charts_of, section_of, sentences, stage_cells, subtitle
+from bench.profiling.record import ProfileRecord
+from bench.recommendation import METRIC, counted
+from bench.scaling.record import ScalingRecord
+from bench.serving.records import ServingRecord
+
+TITLES = {
+    "kernel": "Kernels",
+    "engine": "Engines, random model",
+    "serving": "Serving scenarios",
+    "scaling": "Growth",
+    "training": "Training speed",
+    "compress": "Compressed models",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of records on one machine, or one profile: HTML with places of ``figures``, and Markdown."""
+
+    html: str
+    figures: dict[str, list[dict[str, Any]]]
+    markdown: str
+    title: str
+    charts: Sequence[Chart] = ()
+
+
+def sections_of(records: Iterable[AnyRecord], first: int) -> list[Section]:
+    """A section for each kind and machine, in the order of the records; ``first`` is the number of the first one."""
+    groups: dict[tuple[str, ...], list[AnyRecord]] = {}
+    for record in records:
+        # Profiles are not rows of one table.
+        alone = (record.measured_at_utc, record.command) if isinstance(record, ProfileRecord) else ()
+        groups.setdefault((record.kind, record.environment.machine.processor, *alone), []).append(record)
+    return [_section(group, first + place) for place, group in enumerate(groups.values())]
+
+
+def _section(records: Sequence[AnyRecord], index: int) -> Section:
+    first = records[-1]
+    if isinstance(first, ProfileRecord):
+        listed = "\n".join(f"- {escaped(sentence)}" for sentence in sentences(first))
+        heads = [Head(name, numeric=place not in WORDS) for place, name in enumerate(HEADS)]
+        table = markdown_table(heads, [stage_cells(stage) for stage in first.stages])
+        text = f"## {escaped(subtitle(first))}\n\n{listed}\n\n{table}"
+        return Section(*section_of(first, index), text, subtitle(first), charts_of(first))
+    if isinstance(first, CalibrationRecord):
+        return _calibration(first, index)
+    charts = charts_of_kind(records)
+    anchor, title = f"study-{index + 1}", TITLES[first.kind]
+    heads, rows = _table([row for record in records for row in rows_in(record)])
+    machine = first.environment
+    slower = slower_sentences([record for record in records if isinstance(record, CompressRecord)])
+    places = "".join(figure_place(index, place, chart) for place, chart in enumerate(charts))
+    parts = [
+        "<section>",
+        heading(2, anchor, title),
+        f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in slower)}</div>' if slower else "",
+        f'<div class="charts">{places}</div>' if charts else "",
+        sortable_table(f"{first.kind}-{index + 1}.csv", title, heads, rows),
+        heading(3, f"{anchor}-machine", "Machine"),
+        facts_box(machine_facts(machine, machine.machine.threads)),
+        "</section>",
+    ]
+    table = markdown_table(heads, [[cell.text for cell in row.cells] for row in rows])
+    return Section(
+        "\n".join(filter(None, parts)),
+        {"all": [plotly_figure(chart) for chart in charts]},
+        "\n\n".join(filter(None, [f"## {title}", "\n".join(f"- {escaped(each)}" for each in slower), table])),
+        title,
+        charts,
+    )
+
+
+def _calibration(record: CalibrationRecord, index: int) -> Section:
+    said = list(describe(record.noise))
+    body = "".join(f"<p>{html.escape(each)}</p>" for each in said)
+    text = f'<section>{heading(2, f"study-{index + 1}", "Calibration")}<div class="advice">{body}</div></section>'
+    return Section(text, {"all": []}, "## Calibration\n\n" + "\n".join(f"- {escaped(each)}" for each in said), "")
+
+
+def charts_of_kind(records: Sequence[AnyRecord]) -> list[Chart]:
+    """Time along each axis of growth, and percentiles of serving scenarios; none for other kinds."""
+    growing = [record for record in records if isinstance(record, ScalingRecord)]
+    charts = [
+        _growth(axis, [each for each in growing if each.axis == axis])
+        for axis in dict.fromkeys(each.axis for each in growing)
+    ]
+    served = [record for record in records if isinstance(record, ServingRecord)]
+    return [*charts, _served(served)] if served else charts
+
+
+def _growth(axis: str, records: Sequence[ScalingRecord]) -> Chart:
+    lines = []
+    for number, record in enumerate(records):
+        points = [(point.value, point.timing) for point in record.points if point.timing]
+        exponent = f", grows as {axis}^{record.exponent.value:.2f}" if record.exponent else ""
+        lines.append(
+            Line(
+                f"{record.path}{exponent}",
+                [float(value) for value, _ in points],
+                [timing.latency_us_p50 / 1e3 for _, timing in points],
+                number % BASELINE_STYLE,
+                hollow=number // BASELINE_STYLE % 2 == 1,
+            )
+        )
+    return Chart(
+        key=f"growth-{axis}",
+        title=f"Time against {axis}",
+        note="Medians; both axes are logarithmic, so that a power law is a straight line.",
+        x_title=axis,
+        y_title="median latency (ms)",
+        lines=[line for line in lines if line.x],
+        y_log=True,
+        empty="No point of this axis has a latency; the table names the errors.",
+    )
+
+
+def _served(records: Sequence[ServingRecord]) -> Chart:
+    ticks = (50.0, 90.0, 95.0, 99.0)
+    places = [100.0 / (100.0 - percentile) for percentile in ticks]
+    lines = []
+    for number, record in enumerate(each for each in records if each.summary):
+        summary = record.summary
+        assert summary is not None
+        steps = "" if record.steps is None else f", {counted(record.steps, 'step')}"
+        lines.append(
+            Line(
+                f"{record.scenario}, {record.engine}{steps}",
+                places,
+                [summary.latency_ms_p50, summary.latency_ms_p90, summary.latency_ms_p95, summary.latency_ms_p99],
+                number % BASELINE_STYLE,
+                hollow=number // BASELINE_STYLE % 2 == 1,
+            )
+        )
+    return Chart(
+        key="percentiles",
+        title="Percentiles of latency",
+        note="Of single users, from arrival to result.",
+        x_title="percentile of queries",
+        y_title="latency (ms)",
+        lines=lines,
+        y_log=True,
+        x_ticks=places,
+        x_names=[f"{percentile:g}" for percentile in ticks],
+        empty="No scenario was measured to its end; the table names the errors.",
+    )
+
+
+def _table(rows: Sequence[Row]) -> tuple[list[Head], list[TableRow]]:
+    keys = list(dict.fromkeys(name for row in rows for name, _ in row.key))
+    numeric = {key: all(_is_number(dict(row.key).get(key, "0")) for row in rows) for key in keys}
+    accurate = any(row.accuracy for row in rows)
+    heads = [
+        *(Head(key, numeric=numeric[key]) for key in keys),
+        Head("median (ms)"),
+        Head("p95 (ms)"),
+        Head("rounds"),
+        *([Head(f"{METRIC} (%)", ends=True)] if accurate else []),
+        Head("error", numeric=False),
+    ]
+    return heads, [_row(row, keys, accurate) for row in rows]
+
+
+def _row(row: Row, keys: Sequence[str], accurate: bool) -> TableRow:
+    found = dict(row.key)
+    median = float(np.median(row.rounds_ms)) if row.rounds_ms else None
+    cells = [Cell(found.get(key, ""), found.get(key)) for key in keys]
+    cells += [_number(median), _number(row.tail_ms), Cell(str(len(row.rounds_ms) or ""), len(row.rounds_ms) or None)]
+    if accurate:
+        metric = row.accuracy.metrics_percent.get(METRIC) if row.accuracy else None
+        shown = "" if metric is None else f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+        value, ends = (None, None) if metric is None else (metric.value, (metric.low, metric.high))
+        cells.append(Cell(shown, value, ends))
+    return TableRow([*cells, Cell(row.error or "", row.error, error=bool(row.error))])
+
+
+def _number(value: float | None) -> Cell:
+    return Cell("" if value is None else f"{value:.4g}", value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

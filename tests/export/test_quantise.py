@@ -1,0 +1,169 @@
+"""Q/DQ pairs: around which products, with which scales, and in float16 graphs; by hand and against the float graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adrec.data.jagged import Jagged
+from adrec.engines import CachedEngine
+from adrec.engines.onnxruntime import OnnxRuntimeEngine
+from adrec.errors import ConfigError, NotSupportedError
+from adrec.models.base import SequenceModel
+from compress.export.onnx_export import ExportOptions, export_onnx
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ITEMS, WIDTH = 40, 16
+ModelFactory = Callable[..., SequenceModel]
+
+
+def histories(users: int) -> Jagged:
+    generator = torch.Generator().manual_seed(users)
+    lengths = torch.randint(1, 51, (users,), generator=generator).tolist()
+    return Jagged.from_lists(torch.randint(1, ITEMS + 1, (each,), generator=generator).tolist() for each in lengths)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: ModelFactory) -> SequenceModel:
+    return tiny_model(lambda_uncertainty=1.0)
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: SequenceModel) -> Path:
+    out = tmp_path_factory.mktemp("quantised") / request.param
+    kinds: Any = ("int8-qdq", "fp8-qdq")
+    export_onnx(model, out, ExportOptions(quantised=kinds, k=10, precision=request.param, calibration=histories(40)))
+    return out
+
+
+def graph_of(folder: Path, kind: str) -> Any:
+    rest = "" if folder.name == "fp32" else f"-{folder.name}"
+    return onnx.load(folder / f"request-{kind}{rest}-s1.onnx").graph
+
+
+def constants(graph: Any) -> dict[str, np.ndarray]:
+    return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+
+
+@pytest.mark.parametrize("kind", ["int8-qdq", "fp8-qdq"])
+def test_products_of_items_are_quantised_and_those_of_users_are_not(folder: Path, kind: str) -> None:
+    graph = graph_of(folder, kind)
+    made = {name: node for node in graph.node for name in node.output}
+    weights: dict[bool, list[str]] = {True: [], False: []}
+    for node in graph.node:
+        if node.op_type == "Gemm":
+            pair = [made[name].op_type if name in made else "" for name in node.input[:2]]
+            quantised = pair == ["DequantizeLinear"] * 2
+            assert quantised or "DequantizeLinear" not in pair
+            weights[quantised].append(node.input[1])
+    # Over items two encoder blocks, a denoiser block and a part of the next; for users two blocks and the score.
+    assert (len(weights[True]), len(weights[False])) == (4 + 4 + 4 + 1, 4 + 4 + 1)
+    assert "core.model.item_embedding.weight" in weights[False]
+    # Neither is what `represent` reads, nor the table that items are looked up in.
+    (rows,) = (output for output in graph.output if output.name == "rows")
+    assert made[rows.name].op_type != "DequantizeLinear"
+    table = constants(graph)["core.model.item_embedding.weight"]
+    assert table.dtype == (np.float16 if folder.name == "fp16" else np.float32)
+
+
+def test_every_weight_has_a_scale_for_each_channel(folder: Path) -> None:
+    """Also the half of a projection that the export slices, which a quantiser takes for an activation."""
+    graph = graph_of(folder, "int8-qdq")
+    found, made = constants(graph), {name: node for node in graph.node for name in node.output}
+    assert all(node.op_type != "Slice" or not set(node.input) <= set(found) for node in graph.node)
+    widths = []
+    for node in graph.node:
+        if node.op_type == "Gemm" and node.input[1] in made:
+            quantised, scale = (found[name] for name in made[node.input[1]].input[:2])
+            assert scale.shape == (quantised.shape[0],)
+            assert scale.dtype == (np.float16 if folder.name == "fp16" else np.float32)
+            assert np.abs(quantised.astype(int)).max(1).min() >= 126
+            widths.append(quantised.shape[0])
+    assert 2 * WIDTH in widths
+
+
+def test_the_largest_value_is_float8s_largest(folder: Path) -> None:
+    graph = graph_of(folder, "fp8-qdq")
+    found, made = constants(graph), {name: node for node in graph.node for name in node.output}
+    exact = constants(onnx.load(folder / f"request-{folder.name}-s1.onnx").graph)
+    name = "core.model.encoder.blocks.1.feed_forward.up.weight"
+    stored, scale = found[f"{name}_quantised"].astype(np.float32), float(found[f"{name}_scale"])
+    assert np.abs(stored).max() == 448.0
+    assert scale == pytest.approx(float(np.abs(exact[name]).max()) / 448.0, rel=1e-3)
+    # e4m3 keeps three bits behind the first: half of a sixteenth is the largest relative error of normal numbers.
+    normal = np.abs(exact[name]) > scale * 2.0**-6
+    relative = np.abs(stored * scale - exact[name].astype(np.float32))[normal] / np.abs(exact[name])[normal]
+    assert relative.max() <= 1 / 16 + 1e-3
+    activations = {
+        node.input[0]: float(found[node.input[1]]) for node in graph.node if node.op_type == "QuantizeLinear"
+    }
+    assert len(activations) == 13
+    assert made[next(iter(activations))].op_type == "LayerNormalization"
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("int8-qdq", 0.05), ("fp8-qdq", 0.1)])
+def test_quantised_graphs_stay_near_in_both_floats(folder: Path, model: SequenceModel, kind: Any, bound: float) -> None:
+    given, noise = histories(33), torch.randn(2, 33, WIDTH, generator=torch.Generator().manual_seed(0))
+    wanted = CachedEngine(model).represent(given, 1, noise=noise)
+    rows = OnnxRuntimeEngine.from_export(folder, model, precision=kind).represent(given, 1, noise=noise)
+    assert 1e-4 < float((rows - wanted).norm() / wanted.norm()) < bound
+
+
+@pytest.mark.parametrize("catalogue", ["input", "outside"])
+def test_a_table_that_is_no_constant_is_calibrated_with_the_models(
+    tmp_path: Path, model: SequenceModel, catalogue: Any
+) -> None:
+    options = ExportOptions(
+        quantised=("int8-qdq",), k=10, catalogue=catalogue, split=catalogue == "outside", calibration=histories(20)
+    )
+    manifest = export_onnx(model, tmp_path / "out", options)
+    (made,) = (each for each in manifest.graphs if each.precision == "int8-qdq")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / made.file), providers=["CPUExecutionProvider"])
+    given, noise = histories(9), torch.randn(2, 9, WIDTH, generator=torch.Generator().manual_seed(0))
+    table, items = model.table.detach(), given.padded(50)
+    inputs = {"histories": items, "embedded": table[items], "table": table, "lengths": given.lengths, "noise": noise}
+    rows = session.run(["rows"], {spec.name: inputs[spec.name].numpy() for spec in made.inputs})[0]
+    wanted = CachedEngine(model).represent(given, 1, noise=noise)
+    assert float((torch.from_numpy(rows) - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_quantised_alone_leaves_no_float_graph(tmp_path: Path, tiny_model: ModelFactory) -> None:
+    said: list[str] = []
+    options = ExportOptions(
+        precision="fp16", quantised=("int8-qdq",), keep_float=False, inline_limit=1000, calibration=histories(9), k=5
+    )
+    model = tiny_model(model="sasrec", positions="learned")
+    manifest = export_onnx(model, tmp_path / "out", options, report=said.append)
+    assert said == ["request-int8-qdq-fp16.onnx"]
+    assert [(graph.file, graph.precision) for graph in manifest.graphs] == [("request-int8-qdq-fp16.onnx", "int8-qdq")]
+    assert {each.name for each in (tmp_path / "out").iterdir()} == {
+        "export.json", "request-int8-qdq-fp16.onnx", "request-int8-qdq-fp16.data"
+    }  # fmt: skip
+    facts = {each.key: each.value for each in onnx.load(tmp_path / "out" / said[0]).metadata_props}
+    assert (facts["adrec.precision"], facts["adrec.floats"]) == ("int8-qdq", "float16")
+    assert facts["adrec.ids"] == "1 to 40, 0 for padding; unchecked"
+
+
+def test_what_cannot_be_quantised_is_refused_before_anything_is_traced(
+    tmp_path: Path, model: SequenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="dynamic int8 is for CPUs, which compute the rest in float32"):
+        ExportOptions(precision="fp16", quantised=("int8-dynamic",))
+
+    def traced(*arguments: Any) -> None:
+        raise AssertionError("a graph was traced")
+
+    monkeypatch.setattr("compress.export.onnx_export.save_graph", traced)
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
+    options = ExportOptions(quantised=("int8-qdq",), calibration=histories(9), quantiser="modelopt")
+    with pytest.raises(NotSupportedError, match=r"pip install 'adrec\[modelopt\]', or leave --quantiser out"):
+        export_onnx(model, tmp_path / "out", options)
