@@ -33,4 +33,23 @@ def quantization_of(model: SequenceModel) -> QuantizationConfig | None:
     return QuantizationConfig(layers=layers, table=table) if layers or table is not None else None
 
 
-__all__ = ["MODELS", "ADRec", "SASRec", "SequenceModel", "build_model", "quantization_of"]
+def in_float32(model: SequenceModel) -> SequenceModel:
+    """The model with every layer and the table in float32, as the numbers it stores stand for.
+
+    A float32 model is returned as it is. What a quantised one does beside its weights (rounding the rows that a dynamic
+    layer takes, computing in bfloat16) is left out.
+    """
+    if quantization_of(model) is None:
+        return model
+    plain, state = build_model(model.config), dict(model.state_dict())
+    for name, part in model.named_modules():
+        if isinstance(part, QuantizedLinear | QuantizedTable):
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state[f"{name}.weight"] = part.weight
+            if isinstance(part, QuantizedLinear):
+                state[f"{name}.bias"] = part.bias
+    plain.load_state_dict(state)
+    return plain.to(model.table.device).train(model.training)
+
+
+__all__ = ["MODELS", "ADRec", "SASRec", "SequenceModel", "build_model", "in_float32", "quantization_of"]

@@ -11,6 +11,7 @@ import torch
 from adrec.config import ServingConfig
 from adrec.engines.exported import MANIFEST, ExportError, GraphFile, Manifest, Precision
 from adrec.errors import ConfigError, NotSupportedError
+from adrec.models import in_float32
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, sampling_table
@@ -42,6 +43,7 @@ def export_aotinductor(
         raise NotSupportedError("--to aotinductor keeps the item table inside; use --to onnx --table")
     if not isinstance(model, ADRec) and any(plan not in (None, 1) for plan in options.steps):
         raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
+    origin, model = origin or Origin.of_model(model), in_float32(model)
     plans: list[Steps] = list(options.steps) if isinstance(model, ADRec) else [None]
     with export_folder(out, overwrite) as folder:
         core = RequestGraph(model)
@@ -56,7 +58,7 @@ def export_aotinductor(
             entry = graph_file(folder, path.name, graph, "fp32", serving, None)
             written.append(entry.model_copy(update={"format": "aotinductor"}))
             report(path.name)
-        return write_manifest(folder, origin or Origin.of_model(model), written)
+        return write_manifest(folder, origin, written)
 
 
 def compile_package(graph: Graph, path: Path) -> None:

@@ -17,6 +17,7 @@ from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
 from adrec.engines.exported import MANIFEST, Catalogue, ExportError, GraphFile, GraphKind, Manifest, Precision
 from adrec.errors import ConfigError, NotSupportedError
+from adrec.models import in_float32
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, sampling_table
@@ -142,10 +143,12 @@ def export_onnx(
 ) -> Manifest:
     """Write the graphs of a model and their manifest to the folder ``out``, all of it or nothing.
 
-    report: called with each file's name. Raises ConfigError for steps or k that the model has not, NotSupportedError
-    for a model that no graph computes or without the packages, ExportError where the linter finds a fault.
+    A model that stores fewer bits is exported as its numbers stand, see `in_float32`. report: called with each file's
+    name. Raises ConfigError for steps or k that the model has not, NotSupportedError without the packages, ExportError
+    where the linter finds a fault.
     """
     require_onnx()
+    origin, model = origin or Origin.of_model(model), in_float32(model)
     if options.quantiser == "modelopt" and any(kind.endswith("qdq") for kind in options.quantised):
         from compress.export.quantise import require_modelopt
 
@@ -165,9 +168,7 @@ def export_onnx(
         raise ConfigError(f"k is {options.k}; allowed: 1 to {model.config.items}, the size of the catalogue")
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
     with export_folder(out, overwrite) as folder:
-        writer = _Writer(
-            folder, model, origin or Origin.of_model(model), options, _core(model, options.plugins, dtype), report
-        )
+        writer = _Writer(folder, model, origin, options, _core(model, options.plugins, dtype), report)
         whole: GraphKind = "represent" if options.catalogue == "outside" else "request"
 
         def plan(kind: GraphKind, table: DiffusionTable | None = None, *, loop: bool = False) -> GraphPlan:

@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adrec.errors import NotSupportedError
 from adrec.models.adrec import ADRec, MLPDenoiser
 from adrec.models.base import SequenceModel
 from adrec.models.layers import Block, CausalTransformer, PadStates
@@ -69,7 +68,7 @@ class RequestGraph(nn.Module):
     """The parts of a request for one model: `encode`, `denoise` and `score`.
 
     A copy of the model in ``dtype``; constants that do not depend on a request (padding, step embeddings) are computed
-    in float32 first. Raises NotSupportedError for a model that is neither ADRec nor SASRec+ in plain floats.
+    in float32 first. The model's weights are plain floats, see `adrec.models.in_float32`.
     """
 
     score_bias: Tensor
@@ -77,7 +76,6 @@ class RequestGraph(nn.Module):
 
     def __init__(self, model: SequenceModel, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        check_exportable(model)
         self.config = model.config
         self.dtype = dtype
         self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False).to(dtype)
@@ -311,13 +309,3 @@ class RequestGraph(nn.Module):
     def _cut(self, mask: Tensor) -> Tensor:
         """The mask of the prefix: without the last query and the last key."""
         return mask[:, :, :-1, :-1]
-
-
-def check_exportable(model: SequenceModel) -> None:
-    """Raise NotSupportedError unless a model is ADRec or SASRec+ with every weight a plain float tensor."""
-    odd = [name for name, value in model.state_dict().items() if not value.dtype.is_floating_point]
-    if odd:
-        raise NotSupportedError(
-            f"the model stores {odd[0]} as {model.state_dict()[odd[0]].dtype}: a model that is already quantised"
-            " cannot be exported; export the run it was made from with --int8"
-        )

@@ -13,6 +13,7 @@ from adrec.engines.exported import ExportError, GraphFile, Manifest, load_manife
 from adrec.engines.onnxruntime import PROVIDERS, OnnxRuntimeEngine, load_onnxruntime
 from adrec.engines.tensorrt.engine import tensorrt_engines
 from adrec.errors import DataError
+from adrec.models import in_float32
 from adrec.respacing import Steps
 from compress.export.comparison import Candidate, Pair, compare
 from compress.export.parts import PartsEngine, chains
@@ -38,7 +39,8 @@ def verify_export(
         raise DataError("no example to compare on; choose the other --split")
     manifest = load_manifest(folder)
     source = run_of(manifest, run, folder)
-    exact = CachedEngine(source.model)
+    # A graph of a model that stores fewer bits computes with its numbers, in float32.
+    exact = CachedEngine(in_float32(source.model))
     pairs = []
     for candidate in candidates(folder, manifest, source, providers):
         pairs.append(compare(candidate, exact, examples, batch_sizes=batch_sizes, seed=seed))
