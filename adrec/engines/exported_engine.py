@@ -194,23 +194,33 @@ class ExportedEngine(Engine):
         """The graph that runs a table, and its session. Raises ConfigError where the folder has none."""
         steps = self._plan_of(table)
         if steps not in self._chosen:
-            folder, manifest = self._graphs(steps)
-            graph = manifest.choose("request", self.precision, steps, only=self.only, format=self.format)
-            if graph is None or (graph.loop and table is not None and table.from_previous is not None):
-                held = [
-                    str(each.steps or "loop")
-                    for each in manifest.graphs
-                    if each.kind == "request" and each.format == self.format
-                ]
-                raise ConfigError(
-                    f"{folder}: holds no {self.precision} graph for {steps} steps; it holds: {', '.join(held)};"
-                    f" export it with --steps {table.steps if table is not None else 1}"
-                )
-            path = check_graph(folder, graph)
+            graph, path = self._find(table)
             if graph.sha256 not in self._sessions:
                 self._sessions[graph.sha256] = self.open(path)
             self._chosen[steps] = graph, self._sessions[graph.sha256]
         return self._chosen[steps]
+
+    def file_bytes(self, steps: Steps = None) -> int:
+        """Bytes of the file that requests run, its weights elsewhere included; see `session` for what is raised."""
+        graph, path = self._find(self.table(steps))
+        return sum((path.parent / name).stat().st_size for name in (graph.file, graph.data) if name is not None)
+
+    def _find(self, table: DiffusionTable | None) -> tuple[GraphFile, Path]:
+        """The graph that runs a table, and its file."""
+        steps = self._plan_of(table)
+        folder, manifest = self._graphs(steps)
+        graph = manifest.choose("request", self.precision, steps, only=self.only, format=self.format)
+        if graph is None or (graph.loop and table is not None and table.from_previous is not None):
+            held = [
+                str(each.steps or "loop")
+                for each in manifest.graphs
+                if each.kind == "request" and each.format == self.format
+            ]
+            raise ConfigError(
+                f"{folder}: holds no {self.precision} graph for {steps} steps; it holds: {', '.join(held)};"
+                f" export it with --steps {table.steps if table is not None else 1}"
+            )
+        return graph, check_graph(folder, graph)
 
     def _plan_of(self, table: DiffusionTable | None) -> Steps:
         """The plan that a table was made for: tables are kept by plan, and come back as they were given out."""

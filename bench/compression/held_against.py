@@ -13,6 +13,8 @@ import torch
 from adrec.checkpoint import Run, model_fingerprint
 from adrec.data.dataset import Dataset, Examples
 from adrec.engines import ENGINES, CachedEngine, make_engine
+from adrec.engines.exported_engine import ExportedEngine
+from adrec.errors import AdrecError
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, step_count
@@ -250,7 +252,7 @@ class HeldAgainst:
             accuracy=accuracy if isinstance(accuracy, CompressAccuracy) else None,
             batch_sizes_users=list(sizes),
             timings=[timing for timing in timings if isinstance(timing, CompressTiming)],
-            file_bytes=None if model is None or ENGINES[row.engine].exports else file_bytes(model),
+            file_bytes=None if model is None else _file_bytes(row, model),
             teacher_file_bytes=file_bytes(self.teacher.model),
             skipped=row.skipped,
             error="; ".join(problems) or None,
@@ -278,6 +280,19 @@ def _served(run: Run) -> Steps:
     if run.config.model != "adrec":
         return None
     return 1 if run.settings.serving is None else run.settings.serving
+
+
+def _file_bytes(row: Row, model: SequenceModel) -> int | None:
+    """Bytes of the file that the row's engine reads; None where it could not be made."""
+    if not ENGINES[row.engine].exports:
+        return file_bytes(model)
+    try:
+        engine = make_engine(row.engine, model)
+        assert isinstance(engine, ExportedEngine)
+        return engine.file_bytes(row.steps)
+    except AdrecError:
+        # What is wrong with it is the row's error already.
+        return None
 
 
 def _timing(own: Series, reference: Series | None, baseline: Series | None, size: int) -> CompressTiming:

@@ -235,3 +235,11 @@ def test_groups_cost_the_least_of_all_ways_to_cut(lengths: list[int], run_tokens
     every = range(2 ** (len(lengths) - 1))
     cuts = ((0, *(1 + bit for bit in range(len(lengths) - 1) if chosen >> bit & 1), len(lengths)) for chosen in every)
     assert cost(lengths, bounds, run_tokens) == min(cost(lengths, each, run_tokens) for each in cuts)
+
+
+def test_the_bytes_of_its_file(engine: OnnxRuntimeEngine, cache: Path) -> None:
+    graph, _ = engine.session(engine.table(2))
+    (path,) = cache.glob(f"*/*/{graph.file}")
+    assert engine.file_bytes(2) == path.stat().st_size
+    # The item table alone, in float32.
+    assert engine.file_bytes(2) > (ITEMS + 1) * WIDTH * 4
