@@ -67,8 +67,8 @@ class CompressRecord(Frozen):
 
     role: what the row is there for. network: blocks of encoder and denoiser, or the baseline's name. run_name: the
     folder it comes from. file_bytes: of what the engine reads, the weights as a run stores them or the exported graph
-    (None in older records). teacher_file_bytes: weights of the run it is held against. batch_sizes_users: what was to be
-    timed; empty in older records.
+    (None in older records). teacher_file_bytes: weights of the run it is held against. batch_sizes_users: what was to
+    be timed; empty in older records.
     """
 
     schema_version: Literal[1] = 1
