@@ -105,9 +105,9 @@ def _philox_in_place(seed: int, offset: NDArray[np.uint64]) -> tuple[NDArray[np.
     are rows of one array, as are 3 and 1: half the calls, which are what the noise of a single user costs.
     """
     mask, half = np.uint64(_MASK), np.uint64(32)
-    even = np.stack([np.zeros_like(offset), offset & mask])
-    odd = np.stack([np.zeros_like(offset), offset >> half])
-    product = np.empty_like(even)
+    even, odd, product = np.zeros((3, 2, offset.size), dtype=np.uint64)
+    np.bitwise_and(offset, mask, out=even[1])
+    np.right_shift(offset, half, out=odd[1])
     for keys in _key_columns(seed):
         np.multiply(even, _MULTIPLIERS, out=product)
         # The product of word 2 gives the new words 0 and 1, that of word 0 the new words 2 and 3.

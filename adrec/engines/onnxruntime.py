@@ -61,6 +61,9 @@ class OnnxRuntimeEngine(ExportedEngine):
         super().__init__(model, folder=folder, only=only)
         self.provider = check_provider(self.runtime, provider or self.device.type)
         self.provider_options = dict(provider_options or {})
+        self.run_options = self.runtime.RunOptions()
+        # Without scoring where only representations are asked for.
+        self.run_options.only_execute_path_to_fetches = True
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
             raise ConfigError(f"threads is {threads}; allowed: 1 or more")
@@ -71,18 +74,18 @@ class OnnxRuntimeEngine(ExportedEngine):
     def run(
         self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]
     ) -> dict[str, Tensor]:
-        binding = session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
-        for name in outputs:
-            binding.bind_output(name)
-        options = self.runtime.RunOptions()
-        # Without scoring where only representations are asked for.
-        options.only_execute_path_to_fetches = True
-        session.run_with_iobinding(binding, options)
-        return {
-            name: torch.from_numpy(value) for name, value in zip(outputs, binding.copy_outputs_to_cpu(), strict=True)
-        }
+        if self.provider == PROVIDERS["cpu"]:
+            # Nothing is copied between devices, and binding a single user's inputs costs a tenth of the request.
+            found = session.run(list(outputs), inputs, self.run_options)
+        else:
+            binding = session.io_binding()
+            for name, value in inputs.items():
+                binding.bind_cpu_input(name, value)
+            for name in outputs:
+                binding.bind_output(name)
+            session.run_with_iobinding(binding, self.run_options)
+            found = binding.copy_outputs_to_cpu()
+        return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
 
 
 class OnnxRuntimeInt8Engine(OnnxRuntimeEngine):
