@@ -14,7 +14,6 @@ from adrec.checkpoint import Run, model_fingerprint
 from adrec.data.dataset import Dataset, Examples
 from adrec.engines import ENGINES, CachedEngine, make_engine
 from adrec.engines.exported_engine import ExportedEngine
-from adrec.errors import AdrecError
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, step_count
@@ -240,6 +239,7 @@ class HeldAgainst:
     ) -> CompressRecord:
         problems = dict.fromkeys(each for each in (accuracy, *timings) if isinstance(each, str))
         model = row.model if isinstance(row.model, SequenceModel) else None
+        measured = accuracy if isinstance(accuracy, CompressAccuracy) else None
         return CompressRecord(
             measured_at_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             role=row.role,
@@ -249,10 +249,10 @@ class HeldAgainst:
             precision=row.precision,
             engine=row.engine,
             split=self.split,
-            accuracy=accuracy if isinstance(accuracy, CompressAccuracy) else None,
+            accuracy=measured,
             batch_sizes_users=list(sizes),
             timings=[timing for timing in timings if isinstance(timing, CompressTiming)],
-            file_bytes=None if model is None else _file_bytes(row, model),
+            file_bytes=None if model is None or measured is None else _file_bytes(row, model),
             teacher_file_bytes=file_bytes(self.teacher.model),
             skipped=row.skipped,
             error="; ".join(problems) or None,
@@ -282,17 +282,13 @@ def _served(run: Run) -> Steps:
     return 1 if run.settings.serving is None else run.settings.serving
 
 
-def _file_bytes(row: Row, model: SequenceModel) -> int | None:
-    """Bytes of the file that the row's engine reads; None where it could not be made."""
+def _file_bytes(row: Row, model: SequenceModel) -> int:
+    """Bytes of the file that the row's engine reads."""
     if not ENGINES[row.engine].exports:
         return file_bytes(model)
-    try:
-        engine = make_engine(row.engine, model)
-        assert isinstance(engine, ExportedEngine)
-        return engine.file_bytes(row.steps)
-    except AdrecError:
-        # What is wrong with it is the row's error already.
-        return None
+    engine = make_engine(row.engine, model)
+    assert isinstance(engine, ExportedEngine)
+    return engine.file_bytes(row.steps)
 
 
 def _timing(own: Series, reference: Series | None, baseline: Series | None, size: int) -> CompressTiming:
