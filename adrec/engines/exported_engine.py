@@ -13,7 +13,9 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
@@ -75,6 +77,8 @@ class ExportedEngine(Engine):
     """Whether many steps are exported as a loop."""
     narrowest: ClassVar[int] = 1
     """Columns that a rectangle of histories has at least."""
+    concurrent: int = 1
+    """Runs at a time, each in a thread of its own."""
     run_tokens: ClassVar[float] = 16.0
     """What a run costs beside its tokens and its table, in tokens of a model of two and two blocks."""
 
@@ -176,14 +180,43 @@ class ExportedEngine(Engine):
         noise: PhiloxNoise | ExplicitNoise,
         outputs: tuple[str, ...],
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Input rows and outputs of each run."""
-        for group, histories in zip(state.rows, state.histories, strict=True):
-            for part in torch.arange(len(group)).split(self.most_users(session) or len(group)):
-                rows = group[part]
-                chosen = histories.select(part)
-                columns = self.columns(session, len(part), int(chosen.lengths.max()))
-                inputs = request_inputs(graph, chosen, table, noise, rows, self.model, columns)
-                yield rows, self.run(graph, session, inputs, outputs)
+        """Input rows and outputs of each run, in no certain order."""
+
+        def given(rows: Tensor, histories: Jagged) -> dict[str, np.ndarray]:
+            columns = self.columns(session, len(rows), int(histories.lengths.max()))
+            return request_inputs(graph, histories, table, noise, rows, self.model, columns)
+
+        parts = self._parts(state, self.most_users(session))
+        if self.concurrent == 1 or len(parts) == 1:
+            for rows, histories in parts:
+                yield rows, self.run(graph, session, given(rows, histories), outputs)
+            return
+        # The largest first: what is started last keeps the others waiting least.
+        parts.sort(key=lambda part: -len(part[0]) * int(part[1].lengths.max()))
+        running = [
+            (rows, self._pool.submit(self.run, graph, session, given(rows, histories), outputs))
+            for rows, histories in parts
+        ]
+        for rows, found in running:
+            yield rows, found.result()
+
+    def _parts(self, state: PaddedGroups, most_users: int | None) -> list[tuple[Tensor, Jagged]]:
+        """Rows and histories of each run: groups, cut where one would outlast its share of the concurrent runs."""
+        tokens = [len(rows) * int(each.lengths.max()) for rows, each in zip(state.rows, state.histories, strict=True)]
+        parts = []
+        for rows, histories, size in zip(state.rows, state.histories, tokens, strict=True):
+            pieces = math.ceil(size * self.concurrent / sum(tokens))
+            users = min(most_users or len(rows), math.ceil(len(rows) / pieces))
+            if users >= len(rows):
+                parts.append((rows, histories))
+                continue
+            for part in torch.arange(len(rows)).split(users):
+                parts.append((rows[part], histories.select(part)))
+        return parts
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.concurrent, thread_name_prefix=self.name)
 
     def most_users(self, session: Any) -> int | None:
         """Users that a run takes at most; None: any number."""

@@ -26,13 +26,16 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+SHARED_TABLE = 2**23
+"""Elements of an item table from which the threads of a CPU share one run instead of taking one each."""
 
 
 class OnnxRuntimeEngine(ExportedEngine):
     """Runs ONNX graphs of a folder, or of its own export; see `ExportedEngine`.
 
-    provider: ``cpu``, ``cuda`` or ``tensorrt``; None is that of the model's device. threads: of one run (None: torch's
-    number). Raises NotSupportedError without onnxruntime or the provider.
+    provider: ``cpu``, ``cuda`` or ``tensorrt``; None is that of the model's device. threads: of a CPU, each with a run
+    of its own, or all in one where the catalogue is large (None: torch's number). Raises NotSupportedError without
+    onnxruntime or the provider.
     """
 
     name = "onnxruntime"
@@ -67,9 +70,14 @@ class OnnxRuntimeEngine(ExportedEngine):
         self.threads = torch.get_num_threads() if threads is None else threads
         if self.threads < 1:
             raise ConfigError(f"threads is {threads}; allowed: 1 or more")
+        # Threads share a large catalogue's scores well. Where the network is most of the work they hardly do: its
+        # products are small, and each takes a run of its own instead.
+        if self.provider == PROVIDERS["cpu"] and model.config.items * model.config.width < SHARED_TABLE:
+            self.concurrent = self.threads
 
     def open(self, path: Path) -> Any:
-        return make_session(self.runtime, path, self.provider, self.threads, self.provider_options)
+        within = self.threads if self.concurrent == 1 else 1
+        return make_session(self.runtime, path, self.provider, within, self.provider_options)
 
     def run(
         self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]

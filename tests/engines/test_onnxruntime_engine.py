@@ -243,3 +243,32 @@ def test_the_bytes_of_its_file(engine: OnnxRuntimeEngine, cache: Path) -> None:
     assert engine.file_bytes(2) == path.stat().st_size
     # The item table alone, in float32.
     assert engine.file_bytes(2) > (ITEMS + 1) * WIDTH * 4
+
+
+@pytest.mark.parametrize("lengths", [[3], [4] * 7, [1, 12, 2, 12, 12, 12, 12], [5, 9]])
+def test_concurrent_runs_answer_as_one(
+    lengths: list[int], cache: Path, model: SequenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = histories_of(lengths)
+    engine = OnnxRuntimeEngine(model, threads=3)
+    assert engine.concurrent == 3
+    exact = CachedEngine(model).recommend(histories, 5, 2)
+    found = engine.recommend(histories, 5, 2)
+    assert torch.equal(found.items, exact.items)
+    torch.testing.assert_close(found.scores, exact.scores, atol=TOLERANCE, rtol=TOLERANCE)
+    # No run outlasts its share of the tokens, but for what a single user takes.
+    parts = engine._parts(engine.encode(histories), None)
+    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(len(lengths)))
+    sizes = [(len(rows) - 1) * int(part.lengths.max()) for rows, part in parts]
+    assert max(sizes) <= sum(len(rows) * int(part.lengths.max()) for rows, part in parts) / 3
+    monkeypatch.setattr(module, "SHARED_TABLE", ITEMS * WIDTH)
+    assert OnnxRuntimeEngine(model, threads=3).concurrent == 1
+
+
+def test_an_error_in_a_concurrent_run_is_the_requests(cache: Path, model: SequenceModel) -> None:
+    class Failing(OnnxRuntimeEngine):
+        def run(self, *arguments: Any) -> dict[str, torch.Tensor]:
+            raise RuntimeError("no such luck")
+
+    with pytest.raises(RuntimeError, match="no such luck"):
+        Failing(model, threads=2).recommend(histories_of([1, 12, 3]), 5, 2)
