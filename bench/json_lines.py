@@ -100,7 +100,7 @@ def _parse(where: str, line: str, validate: Validate[Record], made_by: str, kind
     if kinds and content.get("kind") not in kinds:
         raise DataError(
             f"{where}: a record of kind {content.get('kind')!r}; allowed here: {', '.join(kinds)}, which `{made_by}`"
-            " writes"
+            " writes; leave this file out"
         )
     try:
         return validate(content)

@@ -17,7 +17,16 @@ from adrec.evaluation import top_overlap
 from adrec.models import quantization_of
 from adrec.models.item_tables import QuantizedTable
 from adrec.models.quantized import sqnr_db
-from compress.technique import Change, CompressionError, Draft, Receipt, Technique, parameter_count, stored_bytes
+from compress.technique import (
+    Change,
+    CompressionError,
+    Draft,
+    Receipt,
+    Technique,
+    decibels,
+    parameter_count,
+    stored_bytes,
+)
 
 _GROUP = 32
 _CUTOFFS = (20, 100)
@@ -67,7 +76,7 @@ def apply(draft: Draft, config: ItemTableConfig) -> Receipt:
         stored = QuantizedTable.of(table, config.table_format)
     except ConfigError as error:
         raise CompressionError(f"item table: {error}") from None
-    detail: dict[str, float | int | str] = {"sqnr_db": round(sqnr_db(table[1:], stored.weight[1:]), 2)}
+    detail: dict[str, float | int | str] = {"sqnr_db": decibels(sqnr_db(table[1:], stored.weight[1:]))}
     notes: list[str] = []
     if draft.dataset is None:
         notes.append("no data set: recall was not measured")

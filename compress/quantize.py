@@ -22,7 +22,17 @@ from adrec.models.quantized import linear_layers, sqnr_db, storage
 from adrec.noise import draw_token_noise
 from adrec.respacing import Steps
 from compress.rounding import finish_training, prepare_training, quantized_linear
-from compress.technique import Change, CompressionError, Draft, Receipt, Skip, Technique, parameter_count, stored_bytes
+from compress.technique import (
+    Change,
+    CompressionError,
+    Draft,
+    Receipt,
+    Skip,
+    Technique,
+    decibels,
+    parameter_count,
+    stored_bytes,
+)
 
 AUTO_ROWS = 128
 """Rows from which integers (AVX512-VNNI) and bfloat16 (AVX512-BF16) beat float32 at every layer shape measured.
@@ -190,19 +200,19 @@ def _choose(
                 rounded = quantized_linear(layer, layer_format)
             except (CompressionError, ConfigError) as error:
                 raise CompressionError(f"layer {name}: {error}") from None
-            own = round(sqnr_db(layer.weight, rounded.weight), 2)
+            own = decibels(sqnr_db(layer.weight, rounded.weight))
             measured: dict[str, float | int | str] = {"sqnr_db": own}
             if calibration is not None and exact is not None:
                 model.set_submodule(name, rounded)
                 left = sqnr_db(exact, calibration.outputs(model))
                 model.set_submodule(name, layer)
-                measured["output_sqnr_db"] = round(left, 2)
+                measured["output_sqnr_db"] = decibels(left)
                 if left < config.min_sqnr:
                     reasons.append(
                         f"{layer_format.format} leaves {left:.1f} dB in x0_hat, less than {config.min_sqnr:g}"
                         f" (min_sqnr); the weights themselves keep {own} dB"
                     )
-                    detail[f"output_sqnr_db in {layer_format.format}"] = round(left, 2)
+                    detail[f"output_sqnr_db in {layer_format.format}"] = decibels(left)
                     continue
             formats[name] = layer_format
             computed = "" if layer_format.compute == "float32" else f", computed in {layer_format.compute}"

@@ -169,9 +169,10 @@ def _values(source: str) -> dict[str, Any]:
     shipped = shipped_recipes()
     if source in shipped:
         return dict(yaml.safe_load(shipped[source]))
+    what = "a folder" if path.is_dir() and source else "neither a file nor a recipe that comes with adrec"
     raise ConfigError(
-        f"--recipe {source}: neither a file nor a recipe that comes with adrec{nearest(source, shipped)};"
-        f" those are {', '.join(shipped)}"
+        f"--recipe '{source}': {what}{nearest(source, shipped)}; give a YAML file or one that comes with adrec:"
+        f" {', '.join(shipped)}"
     )
 
 

@@ -7,6 +7,7 @@ draft only when it succeeds, and says in a `Receipt` what it changed, what it sk
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -108,6 +109,11 @@ class Change(StrictModel):
     before: str
     after: str
     detail: dict[str, float | int | str] = Field(default_factory=dict)
+
+
+def decibels(sqnr: float) -> float | str:
+    """A signal-to-noise ratio as a receipt holds it: two digits, or ``exact`` where there is no noise."""
+    return "exact" if sqnr == math.inf else round(sqnr, 2)
 
 
 class Skip(StrictModel):

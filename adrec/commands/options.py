@@ -1,13 +1,16 @@
-"""Parsing shared by commands: comma-separated lists and ``key=value`` settings."""
+"""Options shared by commands: comma-separated lists, ``key=value`` settings, and which were given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from adrec.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import typer
 
 
 def integers(text: str, option: str, low: int, high: int) -> list[int]:
@@ -62,3 +65,10 @@ def apply_settings(values: dict[str, Any], assignments: Iterable[str]) -> dict[s
         except yaml.YAMLError as error:
             raise ConfigError(f"--set '{assignment}': the value is not YAML: {error}") from None
     return values
+
+
+def given(context: typer.Context, names: Iterable[str]) -> list[str]:
+    """Those of some options, by parameter name, that stand on the command line, as they are written there."""
+    # By name: some releases of Typer bring a Click of their own, others need the package.
+    found = [name for name in names if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    return [f"--{name.replace('_', '-')}" for name in found]

@@ -6,6 +6,7 @@ A stored matrix is a tensor of integers or small floats and a scale for each row
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -112,6 +113,8 @@ def sqnr_db(exact: Tensor, found: Tensor) -> float:
     """Signal to quantisation noise, ``10 log10(sum exact^2 / sum (exact - found)^2)``, in decibel; inf if equal."""
     exact, found = exact.detach().double(), found.detach().double()
     noise = (exact - found).square().sum()
+    if float(noise) == 0.0:
+        return math.inf
     return float(10.0 * torch.log10(exact.square().sum() / noise))
 
 

@@ -115,7 +115,13 @@ def train_run(
         report("stage 1 of 3: pre-train the item table (SASRec+)")
         body = settings.model.baseline(train)
         baseline = job.stage(body, out / BASELINE, train.pretrain, "pretrain", out)
-    report(f"stages 2 and 3: warm up {train.warmup_epochs} epochs with the table frozen, then train everything")
+    if train.warmup_epochs < train.main.epochs:
+        report(f"stages 2 and 3: warm up {train.warmup_epochs} epochs with the table frozen, then train everything")
+    else:
+        report(
+            f"stage 2 only: all {train.main.epochs} epochs have the table frozen, because train.warmup_epochs is"
+            f" {train.warmup_epochs}; train longer, or lower it"
+        )
     table = baseline.model.table.detach()
     run = job.stage(settings.model, out, train.main, "main", out, table=table, frozen=train.warmup_epochs)
     report(f"run written to {out}; next: adrec evaluate {out}")

@@ -17,7 +17,11 @@ def register(app: typer.Typer) -> None:
     app.command()(compress)
 
 
+SEARCH_ONLY = ("students", "precisions", "steps", "engines", "seconds", "threads", "exhaustive")
+
+
 def compress(
+    context: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="Run folder to compress.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write.", show_default=False)] = None,
     recipe: Annotated[
@@ -59,6 +63,7 @@ def compress(
 
     Exit status 2 for bad input; 3 when a stage cannot be applied or loses too much, or nothing meets the budget.
     """
+    from adrec.commands.options import given
     from adrec.errors import ConfigError
     from bench.compression.receipts import technique_table, wide_console
     from compress.recipe import shipped_recipes, techniques
@@ -73,6 +78,11 @@ def compress(
     if (recipe is None) == (budget is None):
         raise ConfigError("give --recipe (what to do) or --budget (what to reach), one of them; --list shows recipes")
     if budget is None:
+        if wrong := given(context, SEARCH_ONLY):
+            raise ConfigError(
+                f"{', '.join(wrong)}: of a search, and --recipe makes none; change the recipe with --set, or give"
+                " --budget instead of it"
+            )
         _follow(run, str(recipe), out, settings or [], max_loss, data, seed, quiet)
         return
     if settings:

@@ -95,14 +95,14 @@ def bench_kernels(
 
 def check_mode(context: typer.Context, *, engines: bool) -> None:
     """Raise ConfigError for an option that was given and that the other mode reads."""
+    from adrec.commands.options import given
     from adrec.errors import ConfigError
 
     others = KERNEL_OPTIONS if engines else ENGINE_OPTIONS
-    # By name: some releases of Typer bring a Click of their own, others need the package.
-    wrong = [name for name in others if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    wrong = given(context, others)
     if wrong:
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         reads = "kernels are measured, not with --engines" if engines else "--engines is given"
+        named = ", ".join(wrong)
         raise ConfigError(f"{named}: read only where {reads}; leave it out, or run the two one after the other")
 
 

@@ -279,6 +279,23 @@ def test_bad_options_of_the_table_are_named(compressible_run: Path, options: lis
         adrec("bench", "compress", compressible_run, *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "small", "--precisions", "int4"], "--precisions: of a search, and --recipe makes none"),
+        (["--recipe", "small", "--threads", "1", "--exhaustive"], "--threads, --exhaustive: of a search"),
+        (["--recipe", "."], "--recipe '.': a folder; give a YAML file or one that comes with adrec: fast, small"),
+        (["--recipe", "smal"], r"--recipe 'smal': neither a file nor a recipe .* \(did you mean 'small'\?\)"),
+    ],
+)
+def test_what_no_recipe_reads_is_refused(
+    compressible_run: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adrec("compress", compressible_run, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_runs_of_the_same_data_are_compared(compressible_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(compressible_run, other)

@@ -152,6 +152,16 @@ def test_receipt_names_each_layer_with_its_numbers(model: SequenceModel, tiny_da
     assert any("7 validation histories" in note for note in receipt.notes)
 
 
+def test_a_layer_without_noise_is_exact(model: SequenceModel, tiny_dataset: Dataset) -> None:
+    """Weight decay leaves such layers where a student does not need one."""
+    name, layer = next(iter(linear_layers(model).items()))
+    with torch.no_grad():
+        layer.weight.zero_()
+    receipt = quantize.apply(Draft.of(model, tiny_dataset), QuantizeConfig())
+    (change,) = (change for change in receipt.changed if change.what == name)
+    assert change.detail["sqnr_db"] == change.detail["output_sqnr_db"] == "exact"
+
+
 def test_a_layer_that_rounding_would_ruin_is_skipped_and_named(model: SequenceModel, tiny_dataset: Dataset) -> None:
     """One huge column that its input never uses leaves nothing of the others in int8."""
     fragile = "denoiser.blocks.0.feed_forward.down"
