@@ -117,9 +117,15 @@ def report(
     from bench.archive import read_any
     from bench.environment import printable_command
     from bench.report import write_report
+    from bench.running.journal import NAME
 
-    found = [record for path in records for record in read_any(path)]
-    page = write_report(found, out or records[0].with_suffix(".html"), command=printable_command(sys.argv))
+    # `adrec bench run` leaves its journal among the files that a shell's * names.
+    kept = [path for path in records if path.name != NAME] or records
+    for path in dict.fromkeys(records):
+        if path not in kept:
+            typer.echo(f"{path}: left out; it is the journal of `adrec bench run` and holds no records", err=True)
+    found = [record for path in kept for record in read_any(path)]
+    page = write_report(found, out or kept[0].with_suffix(".html"), command=printable_command(sys.argv))
     typer.echo(str(page))
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from adrec.errors import ConfigError
-from bench.kernels.commands import wide_console
+from bench.console import wide_console
 
 
 def compare(

@@ -43,9 +43,9 @@ def bench_compress(
     from adrec.files import check_output, write_text
     from bench.compression.held_against import REFERENCE, HeldAgainst
     from bench.compression.networks import load_networks
-    from bench.compression.receipts import wide_console
     from bench.compression.session import check_engines
     from bench.compression.tables import csv_table, markdown_table
+    from bench.console import wide_console
     from bench.environment import printable_command
     from bench.json_lines import json_line
     from bench.timing import TimingProtocol

@@ -65,7 +65,8 @@ def compress(
     """
     from adrec.commands.options import given
     from adrec.errors import ConfigError
-    from bench.compression.receipts import technique_table, wide_console
+    from bench.compression.receipts import technique_table
+    from bench.console import wide_console
     from compress.recipe import shipped_recipes, techniques
 
     console = wide_console()
@@ -101,7 +102,8 @@ def _follow(
     seed: int,
     quiet: bool,
 ) -> None:
-    from bench.compression.receipts import receipt_table, wide_console
+    from bench.compression.receipts import receipt_table
+    from bench.console import wide_console
     from compress.api import compress_run
     from compress.recipe import read_recipe
     from compress.technique import CompressionError, percent
@@ -144,8 +146,9 @@ def _search(
     from adrec.checkpoint import load_run
     from adrec.commands.options import integers
     from adrec.data.of_run import open_data
-    from bench.compression.receipts import front_table, receipt_table, slower_notes, wide_console
+    from bench.compression.receipts import front_table, receipt_table, slower_notes
     from bench.compression.session import CANDIDATES, SearchSession, check_engines, check_search_folder
+    from bench.console import wide_console
     from bench.timing import TimingProtocol
     from bench.tradeoff import pinned_threads
     from compress.budget import Budget

@@ -152,7 +152,7 @@ class HeldAgainst:
                 rows += [
                     Row("candidate", network_name(run), run, precision, engine, steps, made, skipped)
                     for engine in self.engines
-                    # Those quantise their own files, from float32.
+                    # Exported, rounded numbers are a float32 graph, which would repeat the float32 row.
                     if precision == FLOAT or not ENGINES[engine].exports
                 ]
         return rows

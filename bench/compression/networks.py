@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors.torch import save
 from torch import Tensor
 
 from adrec.checkpoint import Run, load_run
+from adrec.config import LayerFormat
 from adrec.errors import RunError
 from adrec.models.base import SequenceModel
+from compress.item_table import ItemTableConfig
+from compress.quantize import QuantizeConfig
+from compress.workshop import PRECISIONS
 
 FLOAT = "float32"
-NAMES: dict[tuple[str, str | None], str] = {
-    ("", "int8"): "int8 table",
-    ("", "bf16"): "bf16 table",
-    ("int8", None): "int8 weights",
-    ("int8", "int8"): "int8",
-    ("int8 in bfloat16", "int8"): "int8 bf16",
-    ("int8-dynamic", "int8"): "int8 dynamic",
-    ("bf16 in bfloat16", "bf16"): "bf16",
-}
-"""Of the formats of layers and item table: the name of that precision in `compress.workshop.PRECISIONS`."""
 
 
 def network_name(run: Run) -> str:
@@ -38,10 +32,32 @@ def stored_precision(run: Run) -> str:
     stored = run.settings.quantization
     if stored is None:
         return FLOAT
-    computed = {(each.format, each.compute) for each in stored.layers.values()}
-    layers = ", ".join(sorted(name if compute == FLOAT else f"{name} in {compute}" for name, compute in computed))
+    layers = _in_words(stored.layers.values())
     table = None if stored.table is None else stored.table.format
     return NAMES.get((layers, table)) or f"layers {layers or FLOAT}, table {table or FLOAT}"
+
+
+def _in_words(formats: Iterable[LayerFormat]) -> str:
+    computed = {(each.format, each.compute) for each in formats}
+    return ", ".join(sorted(name if compute == FLOAT else f"{name} in {compute}" for name, compute in computed))
+
+
+def _names() -> Iterator[tuple[tuple[str, str | None], str]]:
+    for name, stages in PRECISIONS.items():
+        layers: list[LayerFormat] = []
+        table = None
+        for stage in stages:
+            if stage["technique"] == "quantize":
+                layers = QuantizeConfig.model_validate(stage).formats("")
+            else:
+                table = ItemTableConfig.model_validate(stage).format
+        # Only layers that cannot bear the first format get the next one.
+        for used in range(1, len(layers) + 1) or [0]:
+            yield (_in_words(layers[:used]), table), name
+
+
+NAMES = dict(_names())
+"""Of the formats of layers and item table: the name of that precision in `compress.workshop.PRECISIONS`."""
 
 
 def load_networks(teacher: Run, paths: Sequence[Path], option: str) -> list[Run]:

@@ -7,7 +7,6 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,12 +17,6 @@ from compress.technique import METRIC, Accuracy, Change, Reading, Receipt
 
 MEBIBYTE = 2**20
 ALIKE = 3
-
-
-def wide_console(stderr: bool = False) -> Console:
-    """A console wide enough for a table where it is a file or a pipe, which have no width."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
 
 
 def receipt_table(receipts: Sequence[Receipt], title: str = "") -> Table:

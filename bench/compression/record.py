@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from bench.environment import Environment, Frozen
-from bench.json_lines import read_json_lines
 from bench.record import Accuracy, Estimate, MeasuringProtocol
 
 
@@ -99,8 +97,3 @@ class CompressRecord(Frozen):
     def timing(self, batch: int) -> CompressTiming | None:
         """The timing at a batch size, None where it was not measured."""
         return next((each for each in self.timings if each.batch_size_users == batch), None)
-
-
-def read_compress_records(path: Path) -> list[CompressRecord]:
-    """Read and validate every line; DataError names the file, the line and the way out."""
-    return read_json_lines(path, CompressRecord.model_validate, "adrec bench compress RUN", ("compress",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,15 +14,23 @@ from bench.timing import paired_ratio
 PLAIN = ("float32", "bf16")
 INT8, INT8_ENGINE = "int8", "-int8"
 
-Row = tuple[str, str, int | None, str, str]
-"""Network, run, steps, precision, engine."""
+
+class Row(NamedTuple):
+    """What is timed. measured: data, teacher, split, environment and command, which two rows of a pair share."""
+
+    network: str
+    run: str
+    steps: int | None
+    precision: str
+    engine: str
+    measured: tuple[str, ...]
 
 
 def slower_sentences(records: Sequence[CompressRecord]) -> list[str]:
     """A sentence for every int8 row that surely takes longer than the float32 or bf16 row of the same shape.
 
-    Surely: the whole interval of the ratio lies above 1. One sentence says so where none does; none where no int8 row
-    has a plain one beside it.
+    Surely: the whole interval of the ratio lies above 1. Only rows that one command measured together are held against
+    each other. One sentence says so where none is slower; none where no int8 row has a plain one beside it.
     """
     timings = {(_row(record), timing.batch_size_users): timing for record in records for timing in record.timings}
     found, compared = [], False
@@ -52,24 +61,27 @@ def slowdown(timing: CompressTiming, plain: CompressTiming) -> Estimate | None:
 
 
 def _row(record: CompressRecord) -> Row:
-    return record.network, record.run_name, record.steps, record.precision, record.engine
+    # The load at the start, which the environment has, tells two runs of a command apart.
+    environment = record.environment.model_dump_json()
+    measured = (record.dataset_fingerprint, record.run_fingerprint, record.split, environment, record.command)
+    return Row(record.network, record.run_name, record.steps, record.precision, record.engine, measured)
 
 
 def _plain(row: Row) -> Iterator[Row]:
-    network, run, steps, precision, engine = row
-    if precision.startswith(INT8):
-        beside = dict.fromkeys((*PLAIN, precision.replace(INT8, "bf16", 1)))
-        yield from ((network, run, steps, each, engine) for each in beside)
-    elif engine.endswith(INT8_ENGINE):
-        yield network, run, steps, precision, engine.removesuffix(INT8_ENGINE)
+    if row.precision.startswith(INT8):
+        beside = dict.fromkeys((*PLAIN, row.precision.replace(INT8, "bf16", 1)))
+        yield from (row._replace(precision=each) for each in beside)
+    elif row.engine.endswith(INT8_ENGINE):
+        yield row._replace(engine=row.engine.removesuffix(INT8_ENGINE))
 
 
 def _sentence(row: Row, plain: Row, batch: int, ratio: Estimate) -> str:
-    network, run, steps, precision, engine = row
-    names = (precision, plain[3]) if precision != plain[3] else (engine, plain[4])
-    where = f"{network} of {run}" + ("" if steps is None else f", {steps} step{'s' if steps > 1 else ''}")
-    where += f", {engine}" if precision != plain[3] else ""
+    rounded = row.precision != plain.precision
+    own, other = (row.precision, plain.precision) if rounded else (row.engine, plain.engine)
+    where = f"{row.network} of {row.run}"
+    where += "" if row.steps is None else f", {row.steps} step{'s' if row.steps > 1 else ''}"
+    where += f", {row.engine}" if rounded else ""
     return (
-        f"{names[0]} takes {ratio.value:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as long as {names[1]} at batch"
+        f"{own} takes {ratio.value:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}] as long as {other} at batch"
         f" {batch} ({where}); there it saves bytes, not time."
     )

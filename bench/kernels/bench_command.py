@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernels.commands import DTYPE, KERNEL, SHAPE, print_advice, wide_console
+from bench.console import wide_console
+from bench.kernels.commands import DTYPE, KERNEL, SHAPE, print_advice
 
 if TYPE_CHECKING:
     import torch

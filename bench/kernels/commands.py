@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.console import wide_console
+
 if TYPE_CHECKING:
     from bench.kernels.compiled_table import CompiledRow
     from bench.kernels.gpus import Gpu
@@ -48,12 +50,6 @@ def print_advice(entries: Sequence[Entry], console: Console) -> None:
         summary = f"{entry.summary}\n{entry.notes}".strip()
         table.add_row(entry.name, summary, entry.use_when, entry.avoid_when, dtypes)
     console.print(table, markup=False)
-
-
-def wide_console() -> Console:
-    """Standard output; wide enough for a table where it is a file or a pipe, which have no width."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 def compile_kernels(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adrec.errors import ConfigError
-from bench.kernels.commands import wide_console
+from bench.console import wide_console
 
 if TYPE_CHECKING:
     from adrec.config import ModelConfig

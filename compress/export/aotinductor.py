@@ -10,7 +10,7 @@ import torch
 
 from adrec.config import ServingConfig
 from adrec.engines.exported import MANIFEST, ExportError, GraphFile, Manifest, Precision
-from adrec.errors import ConfigError, NotSupportedError
+from adrec.errors import NotSupportedError
 from adrec.models import in_float32
 from adrec.models.adrec import ADRec
 from adrec.models.base import SequenceModel
@@ -18,7 +18,7 @@ from adrec.respacing import Steps, sampling_table
 from compress.export.folder import export_folder
 from compress.export.graphs import Graph, GraphPlan
 from compress.export.manifest import Origin, cache_name, graph_file, write_manifest
-from compress.export.onnx_export import ExportOptions, graph_name
+from compress.export.onnx_export import ExportOptions, check_plans, graph_name
 from compress.export.request import RequestGraph
 
 
@@ -41,8 +41,9 @@ def export_aotinductor(
         raise NotSupportedError("--to aotinductor makes float32 requests with unrolled steps only; use --to onnx")
     if options.catalogue != "inside":
         raise NotSupportedError("--to aotinductor keeps the item table inside; use --to onnx --table")
-    if not isinstance(model, ADRec) and any(plan not in (None, 1) for plan in options.steps):
-        raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
+    if options.plugins:
+        raise NotSupportedError("--to aotinductor has no nodes that TensorRT runs; drop --plugins")
+    check_plans(model, options)
     origin, model = origin or Origin.of_model(model), in_float32(model)
     plans: list[Steps] = list(options.steps) if isinstance(model, ADRec) else [None]
     with export_folder(out, overwrite) as folder:

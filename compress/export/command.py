@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -112,6 +114,15 @@ def export(
         from compress.export.quantise import require_modelopt
 
         require_modelopt()
+    asked = {
+        "weights": weights,
+        "version_compatible": version_compatible,
+        "hardware_compatibility": hardware_compatibility,
+        "workspace_mib": workspace_mib,
+        "tf32": tf32,
+    }
+    if to != "tensorrt":
+        _refuse_builder_options(asked, to)
     if (to == "tensorrt") != bool(profile):
         raise ConfigError(
             "--to tensorrt needs --profile, at least one, such as batch=1:1:1,length=1:8:50"
@@ -125,17 +136,7 @@ def export(
         from compress.export.tensorrt.options import BuildOptions
 
         profiles = check_tensorrt(profile or [], k=k, loop=loop, table=table, quantised=quantised)
-        build_options = parse(
-            BuildOptions,
-            {
-                "weights": weights,
-                "version_compatible": version_compatible,
-                "hardware_compatibility": hardware_compatibility,
-                "workspace_mib": workspace_mib,
-                "tf32": tf32,
-            },
-            "options of --to tensorrt",
-        )
+        build_options = parse(BuildOptions, asked, "options of --to tensorrt")
     check_folder(out, overwrite)
     source = load_run(run)
     if baseline:
@@ -163,12 +164,17 @@ def export(
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False)
 
+    origin = Origin.of_run(source)
+    if origin.formats:
+        width = "float16" if floats == "fp16" else "float32"
+        small = "" if to == "aotinductor" or quantised else "; --int8 keeps the file small"
+        say(f"the run stores {', '.join(origin.formats)}: the graph computes with those numbers in {width}{small}")
     if to == "aotinductor":
         from compress.export.aotinductor import export_aotinductor
 
-        export_aotinductor(source.model, out, options, origin=Origin.of_run(source), overwrite=overwrite, report=say)
+        export_aotinductor(source.model, out, options, origin=origin, overwrite=overwrite, report=say)
         return
-    manifest = export_onnx(source.model, out, options, origin=Origin.of_run(source), overwrite=overwrite, report=say)
+    manifest = export_onnx(source.model, out, options, origin=origin, overwrite=overwrite, report=say)
     say(f"{len(manifest.graphs)} graphs in {out}; `adrec export verify {out} --against {run}` compares them")
     if to == "tensorrt":
         from compress.export.tensorrt.command import build_plans
@@ -228,17 +234,23 @@ def verify(
     """Compare exported graphs with the run they came from, on the same histories and noise.
 
     Exit status 1 where a graph is beyond the bound of its precision: scores to 1e-5 and the same lists up to ties
-    (fp32), overlap .995 (fp16), 99.5 % of NDCG@20 (int8, fp8).
+    (fp32), scores to 1e-2 and overlap .995 (fp16), 99.5 % of NDCG@20 (int8, fp8).
     """
     from adrec.checkpoint import load_run
+    from adrec.engines.exported import load_manifest
     from adrec.files import check_output, write_text
     from adrec.versions import installed_versions
-    from compress.export.verify import verify_export
+    from compress.export.manifest import stored_formats
+    from compress.export.replay import check_replay, save_for_replay
+    from compress.export.verify import run_of, verify_export
 
     _choose(split, ("validation", "test"), "--split")
     if output is not None:
         check_output(output, "--json")
+    if save is not None:
+        check_replay(folder, save)
     source = load_run(against)
+    held = run_of(load_manifest(folder), source, folder)
     examples = _examples(source, data, split, users)
     console = Console(soft_wrap=True)
     pairs = verify_export(
@@ -249,19 +261,25 @@ def verify(
         batch_sizes=integers(batch_sizes, "--batch-sizes", 1, 2**20),
         report=lambda pair: console.print(_line(pair), markup=False, highlight=False),
     )
+    if formats := stored_formats(held.model):
+        console.print(
+            f"held to the numbers that the run stores ({', '.join(formats)}) in float32, not to what a dynamic format"
+            " rounds of activations",
+            markup=False,
+            highlight=False,
+        )
     if output is not None:
         content = {
-            "model_fingerprint": source.fingerprint,
-            "dataset": source.info.dataset_name,
-            "dataset_fingerprint": source.dataset_fingerprint,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "model_fingerprint": held.fingerprint,
+            "dataset": held.info.dataset_name,
+            "dataset_fingerprint": held.dataset_fingerprint,
             "split": split,
             "versions": installed_versions(),
             "pairs": [pair.model_dump(mode="json") for pair in pairs],
         }
         write_text(output, json.dumps(content, indent=2) + "\n")
     if save is not None:
-        from compress.export.replay import save_for_replay
-
         saved = save_for_replay(folder, source, examples.histories, save)
         for each in saved:
             console.print(f"saved {each.inputs} and {each.outputs.name}", markup=False, highlight=False)
@@ -293,6 +311,14 @@ def _choose(value: str, allowed: tuple[str, ...], option: str) -> str:
     if value not in allowed:
         raise ConfigError(f"{option} is '{value}'{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
     return value
+
+
+def _refuse_builder_options(asked: dict[str, Any], to: str) -> None:
+    from compress.export.tensorrt.options import BuildOptions
+
+    for name, value in asked.items():
+        if value != BuildOptions.model_fields[name].default:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --to tensorrt; --to is '{to}'")
 
 
 def _precisions(precision: str, quantised: list[str], to: str) -> tuple[Literal["fp32", "fp16"], list[str]]:

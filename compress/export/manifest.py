@@ -12,6 +12,7 @@ from adrec.checkpoint import Run, model_fingerprint
 from adrec.config import ModelConfig, ServingConfig
 from adrec.engines.exported import GraphFile, Manifest, Precision, StepTable, graph_sha256
 from adrec.files import write_text
+from adrec.models import quantization_of
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps
 from adrec.schedule import DiffusionTable
@@ -25,20 +26,34 @@ _TOOLS = ("adrec", "torch", "onnx", "onnxruntime")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a graph's numbers come from; everything that a reader of the file alone should know."""
+    """Where a graph's numbers come from; everything that a reader of the file alone should know.
+
+    formats: those of fewer bits that the model stores, see `stored_formats`.
+    """
 
     config: ModelConfig
     model_fingerprint: str
     dataset_name: str | None = None
     dataset_fingerprint: str | None = None
+    formats: tuple[str, ...] = ()
 
     @classmethod
     def of_run(cls, run: Run) -> Origin:
-        return cls(run.config, run.fingerprint, run.info.dataset_name, run.dataset_fingerprint)
+        formats = stored_formats(run.model)
+        return cls(run.config, run.fingerprint, run.info.dataset_name, run.dataset_fingerprint, formats)
 
     @classmethod
     def of_model(cls, model: SequenceModel) -> Origin:
-        return cls(model.config, model_fingerprint(model.state_dict()))
+        return cls(model.config, model_fingerprint(model.state_dict()), formats=stored_formats(model))
+
+
+def stored_formats(model: SequenceModel) -> tuple[str, ...]:
+    """Names of the formats of fewer bits that a model's layers and table are stored in; empty in float32."""
+    found = quantization_of(model)
+    if found is None:
+        return ()
+    formats: set[str] = {each.format for each in found.layers.values()}
+    return tuple(sorted(formats if found.table is None else formats | {found.table.format}))
 
 
 def tool_versions() -> dict[str, str]:
@@ -63,6 +78,7 @@ def metadata(graph: Graph, origin: Origin, precision: Precision, serving: Servin
         "model_fingerprint": origin.model_fingerprint,
         "dataset": origin.dataset_name,
         "dataset_fingerprint": origin.dataset_fingerprint,
+        "source_formats": ", ".join(origin.formats) or None,
         "precision": precision,
         "floats": str(graph.core.dtype).removeprefix("torch."),
         "runtime": _runtime(graph, precision),

@@ -154,18 +154,8 @@ def export_onnx(
 
         require_modelopt()
     diffusion = isinstance(model, ADRec)
-    if not diffusion and any(plan not in (None, 1) for plan in options.steps):
-        raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
+    check_plans(model, options)
     tables = {plan: sampling_table(model.betas, plan) for plan in options.steps} if isinstance(model, ADRec) else {}
-    for steps in options.steps:
-        if isinstance(steps, ServingConfig):
-            steps.check(model.config)
-            if steps.early_stop is not None:
-                raise NotSupportedError(
-                    "a graph runs the same steps for every user: export settings without early_stop"
-                )
-    if not 1 <= options.k <= model.config.items:
-        raise ConfigError(f"k is {options.k}; allowed: 1 to {model.config.items}, the size of the catalogue")
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
     with export_folder(out, overwrite) as folder:
         writer = _Writer(folder, model, origin, options, _core(model, options.plugins, dtype), report)
@@ -190,6 +180,21 @@ def export_onnx(
                 writer.write(plan("score"))
         counted = {table.steps: table for plan, table in tables.items() if not isinstance(plan, ServingConfig)}
         return write_manifest(folder, writer.origin, writer.written, counted)
+
+
+def check_plans(model: SequenceModel, options: ExportOptions) -> None:
+    """Raise ConfigError for steps or k that the model has not, NotSupportedError for steps that stop early."""
+    if not isinstance(model, ADRec) and any(plan not in (None, 1) for plan in options.steps):
+        raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
+    for steps in options.steps:
+        if isinstance(steps, ServingConfig):
+            steps.check(model.config)
+            if steps.early_stop is not None:
+                raise NotSupportedError(
+                    "a graph runs the same steps for every user: export settings without early_stop"
+                )
+    if not 1 <= options.k <= model.config.items:
+        raise ConfigError(f"k is {options.k}; allowed: 1 to {model.config.items}, the size of the catalogue")
 
 
 def _core(model: SequenceModel, plugins: bool, dtype: torch.dtype) -> RequestGraph:

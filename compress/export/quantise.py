@@ -6,7 +6,7 @@ quantiser's own preprocessing is left out: it stores the item table twice.
 
 Q/DQ pairs are put around the layers that run once for every item of a history, nearly all of the work of a few steps.
 Layers that run once for a user (the reverse steps and the score) stay in float: what they round reaches the list
-undamped. In int8 they alone take the overlap of lists on ML-100k from .993 to .987 (validation, one step).
+undamped.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from adrec.engines.base import history_keys
 from adrec.engines.exported import GraphFile, load_manifest
 from adrec.engines.exported_engine import request_inputs
 from adrec.engines.onnxruntime import OnnxRuntimeEngine
-from adrec.errors import NotSupportedError
+from adrec.errors import ConfigError, NotSupportedError
 from adrec.files import write_text
 from adrec.noise import PhiloxNoise
 from compress.export import replay_compare
@@ -58,23 +58,24 @@ class Replay:
 def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, seed: int = 0) -> list[Replay]:
     """Run each request graph that TensorRT may read on the CPU, for up to 512 users, and save what it took and gave.
 
-    Raises NotSupportedError without Polygraphy, ExportError where the folder is of another model.
+    Nothing is written where there is no such graph. Raises what `check_replay` does, and ExportError where the folder
+    is of another model.
     """
-    try:
-        from polygraphy.comparator import IterationResult, RunResults
-        from polygraphy.json import save_json
-    except ImportError:
-        raise NotSupportedError("Polygraphy is not installed: pip install 'adrec[polygraphy]'") from None
+    check_replay(folder, out)
+    from polygraphy.comparator import IterationResult, RunResults
+    from polygraphy.json import save_json
+
     manifest = load_manifest(folder)
     source = run_of(manifest, run, folder)
+    graphs = [graph for graph in manifest.graphs if _replayed(graph)]
+    if not graphs:
+        return []
     histories = histories.select(torch.arange(min(MOST_USERS, len(histories)))).tail(source.config.max_length)
     noise = PhiloxNoise(seed, history_keys(histories), source.config.width)
     everyone, longest = torch.arange(len(histories)), int(histories.lengths.max())
     out.mkdir(parents=True, exist_ok=True)
     saved = []
-    for graph in manifest.graphs:
-        if not _replayed(graph):
-            continue
+    for graph in graphs:
         engine = OnnxRuntimeEngine.from_export(
             folder, source.model, precision=graph.precision, provider="cpu", only=graph.file
         )
@@ -94,6 +95,17 @@ def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, see
     write_text(out / "compare.py", Path(replay_compare.__file__).read_text(encoding="utf-8"))
     write_text(out / "replay.sh", _script(folder.resolve(), [each.command for each in saved]))
     return saved
+
+
+def check_replay(folder: Path, out: Path) -> None:
+    """Raise, before any work, NotSupportedError without Polygraphy, ConfigError where ``out`` is the export itself."""
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"--save is {out}, the export itself; choose another folder")
+    try:
+        import polygraphy.comparator
+        import polygraphy.json  # noqa: F401
+    except ImportError:
+        raise NotSupportedError("Polygraphy is not installed: pip install 'adrec[polygraphy]'") from None
 
 
 def _replayed(graph: GraphFile) -> bool:

@@ -2,7 +2,7 @@
 
 Needs NumPy only: it is copied beside saved outputs and used on machines without adrec. Scores at each place of a list
 are compared, and are the same however ties are ordered; an item that one list has and the other has not is a tie where
-its score is the other list's last one, to the tolerance.
+its score is the other list's last one, to the tolerance. An item that a list repeats counts once.
 """
 
 from __future__ import annotations
@@ -46,4 +46,5 @@ def _overlap(here: Mapping[str, Any], there: Mapping[str, Any]) -> float:
     listed = (items[:, :, None] == expected[:, None, :]).any(-1)
     last = best[:, -1:]
     tied = np.abs(scores - last) <= TOLERANCE * np.maximum(np.abs(last), 1.0)
-    return float((listed | tied).mean())
+    repeated = np.tril(items[:, :, None] == items[:, None, :], -1).any(-1)
+    return float(((listed | tied) & ~repeated).mean())

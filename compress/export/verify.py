@@ -12,7 +12,7 @@ from adrec.engines.aotinductor import AotInductorEngine
 from adrec.engines.exported import ExportError, GraphFile, Manifest, load_manifest
 from adrec.engines.onnxruntime import PROVIDERS, OnnxRuntimeEngine, load_onnxruntime
 from adrec.engines.tensorrt.engine import tensorrt_engines
-from adrec.errors import DataError
+from adrec.errors import ConfigError, DataError, nearest
 from adrec.models import in_float32
 from adrec.respacing import Steps
 from compress.export.comparison import Candidate, Pair, compare
@@ -69,6 +69,11 @@ def candidates(folder: Path, manifest: Manifest, run: Run, providers: Sequence[s
     """
     packages = [graph for graph in manifest.graphs if graph.format == "aotinductor"]
     if packages:
+        for name in providers or ():
+            if name != "cpu":
+                raise ConfigError(
+                    f"provider is '{name}'{nearest(name, PROVIDERS)}; allowed: cpu, where packages of AOTInductor run"
+                )
         return [
             Candidate(
                 "aotinductor cpu", graph.file, graph.precision, graph.plan,

@@ -20,10 +20,11 @@ from adrec.data.dataset import Dataset
 from adrec.engines import CachedEngine
 from adrec.errors import ConfigError, DataError
 from adrec.evaluation import evaluate, kept_percent, top_overlap
+from bench.archive import read_any
 from bench.compression.held_against import HeldAgainst
 from bench.compression.networks import file_bytes, network_name
 from bench.compression.receipts import front_table, receipt_table, slower_notes, technique_table
-from bench.compression.record import CompressRecord, read_compress_records
+from bench.compression.record import CompressRecord
 from bench.compression.session import CANDIDATES, TRAINED, SearchSession, check_engines
 from bench.compression.stopwatch import Stopwatch
 from bench.compression.tables import csv_table, markdown_table
@@ -294,10 +295,10 @@ def test_sizes_are_those_of_the_files(records: list[CompressRecord], tiny_run: P
 def test_records_are_read_back(records: list[CompressRecord], tmp_path: Path) -> None:
     path = tmp_path / "compress.jsonl"
     path.write_text("".join(map(json_line, records)))
-    assert read_compress_records(path) == records
+    assert read_any(path) == records
     path.write_text(json.dumps(json.loads(json_line(records[0])) | {"schema_version": 2}) + "\n")
     with pytest.raises(DataError, match=r"line 1: schema version 2, this adrec reads 1"):
-        read_compress_records(path)
+        read_any(path)
 
 
 def test_tables_show_what_the_records_hold(records: list[CompressRecord]) -> None:

@@ -55,6 +55,24 @@ def test_what_is_no_record_is_named(tiny_records: list[TradeoffRecord], tmp_path
     assert not (tmp_path / "out.json").exists()
 
 
+def test_a_report_of_all_files_of_a_folder_leaves_the_journal_out(
+    tiny_records: list[TradeoffRecord], tmp_path: Path
+) -> None:
+    journal, records = tmp_path / "journal.jsonl", tmp_path / "tradeoff.jsonl"
+    journal.write_text('{"kind":"settings","schema_version":1}\n')
+    with pytest.raises(DataError, match=r"journal\.jsonl, line 1: a record of kind 'settings'"):
+        raise invoke("report", journal).exception
+    records.write_text("".join(map(json_line, tiny_records)))
+    done = invoke("report", journal, records)
+    assert done.exit_code == 0, done.output
+    assert done.stderr == f"{journal}: left out; it is the journal of `adrec bench run` and holds no records\n"
+    page = tmp_path / "tradeoff.html"
+    assert done.stdout == f"{page}\n"
+    assert "journal.jsonl" not in page.with_suffix(".md").read_text()
+    alone = invoke("report", records, "--out", tmp_path / "alone.html")
+    assert alone.stderr == ""
+
+
 def test_a_folder_says_what_is_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()

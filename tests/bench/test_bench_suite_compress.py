@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from adrec.checkpoint import load_run
+from adrec.config import LayerFormat, QuantizationConfig, TableFormat
 from adrec.errors import ConfigError, RunError
 from bench.archive import read_any
 from bench.cli import register
 from bench.comparing.comparison import compare
 from bench.comparing.rows import rows_of
+from bench.compression.networks import NAMES, stored_precision
 from bench.compression.record import CompressRecord
 from bench.compression.slower import slowdown, slower_sentences
 from bench.compression.tables import csv_table, markdown_table
@@ -21,8 +25,10 @@ from bench.conversion.pytest_json import UNTIMED, pytest_json, records_of
 from bench.json_lines import json_line
 from bench.record import Estimate
 from bench.report import write_report
-from compress.api import compress_run
-from compress.recipe import Recipe
+from compress.api import compress_, compress_run
+from compress.recipe import Recipe, read_stages
+from compress.technique import Draft
+from compress.workshop import PRECISIONS
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 
@@ -54,7 +60,7 @@ def measured(tiny_run: Path, stored_int8: Path, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("suite") / "out"
     half = invoke("run", "compress/batch 1", *options(out, tiny_run, "--with", str(stored_int8)))
     assert half.exit_code == 0, half.output
-    assert len(read_any(out / "compress.jsonl")) == 9
+    assert len(read_any(out / "compress.jsonl")) == 10
     whole = invoke("run", "compress", *options(out, tiny_run, "--with", str(stored_int8), "--resume"))
     assert whole.exit_code == 0, whole.output
     assert "1 units were done before" in whole.output
@@ -69,7 +75,7 @@ def records(measured: Path) -> list[CompressRecord]:
 
 
 def test_the_suite_holds_a_run_its_precisions_and_its_compressed_versions(records: list[CompressRecord]) -> None:
-    rows = [(row.role, row.run_name, row.steps, row.precision, row.engine) for row in records[:9]]
+    rows = [(row.role, row.run_name, row.steps, row.precision, row.engine) for row in records[:10]]
     assert rows == [
         ("teacher", "run", 4, "float32", "reference"),
         ("baseline", "baseline", None, "float32", "cached"),
@@ -78,13 +84,14 @@ def test_the_suite_holds_a_run_its_precisions_and_its_compressed_versions(record
         ("candidate", "run", 1, "bf16", "cached"),
         ("candidate", "run", 1, "int8 table", "cached"),
         ("candidate", "run", 1, "int8", "cached"),
+        ("candidate", "run", 1, "int8 bf16", "cached"),
         ("candidate", "run", 1, "int8 dynamic", "cached"),
-        ("candidate", "small", 1, records[8].precision, "cached"),
+        ("candidate", "small", 1, records[9].precision, "cached"),
     ]
     # What is stored rounded is measured as it is, once.
-    assert "int8" in records[8].precision
-    assert [row.batch_sizes_users for row in records] == [[1]] * 9 + [[16]] * 9
-    assert [row.timings[0].batch_size_users for row in records] == [1] * 9 + [16] * 9
+    assert "int8" in records[9].precision
+    assert [row.batch_sizes_users for row in records] == [[1]] * 10 + [[16]] * 10
+    assert [row.timings[0].batch_size_users for row in records] == [1] * 10 + [16] * 10
     assert {row.accuracy.users for row in records if row.accuracy} == {30}
     assert all(len(row.timings[0].round_medians_ms) == row.timings[0].rounds for row in records)
 
@@ -107,7 +114,7 @@ def slower(records: list[CompressRecord], precision: str, factor: float) -> list
 def test_two_files_of_the_suite_are_compared(records: list[CompressRecord]) -> None:
     bounds = {"bound": 0.05, "accuracy_bound": 0.01}
     old = rows_of(slower(records, "", 1.0))
-    assert len(old) == 18
+    assert len(old) == 20
     same = compare(old, rows_of(slower(records, "", 1.0)), **bounds)  # type: ignore[arg-type]
     assert {pair.time.verdict for pair in same.pairs} == {"no difference"}
     assert all(pair.accuracy is not None and pair.accuracy.paired for pair in same.pairs)
@@ -155,6 +162,63 @@ def test_where_int8_takes_longer_is_said(records: list[CompressRecord], tmp_path
     page = write_report(slow, tmp_path / "out.html")
     for text in (page.read_text(), page.with_suffix(".md").read_text().replace("\\", "")):
         assert all(sentence in text for sentence in expected)
+
+
+def test_rows_that_were_not_measured_together_are_no_pair(records: list[CompressRecord]) -> None:
+    even = slower(records, "", 1.0)
+    plain, slow = even[3], slower(records, "int8", 1.5)[6]
+    assert (plain.timings[0].batch_size_users, slow.precision) == (1, "int8")
+    assert [sentence[:20] for sentence in slower_sentences([plain, slow])] == ["int8 takes 1.50 time"]
+    environment = slow.environment
+    machines = [
+        environment.machine.model_copy(update=change)
+        for change in ({"threads": environment.machine.threads + 1}, {"processor": "other"}, {"load_one_minute": 1.5})
+    ]
+    for change in (
+        {"dataset_fingerprint": "other"},
+        {"run_fingerprint": "other"},
+        {"split": "validation"},
+        {"command": "adrec bench compress other"},
+        *({"environment": environment.model_copy(update={"machine": machine})} for machine in machines),
+    ):
+        apart = slow.model_copy(update=change)
+        assert slower_sentences([plain, apart]) == [], change
+        # Beside the row that it was measured with it is one again, and each keeps its own partner.
+        both = [plain, slow, plain.model_copy(update=change), apart]
+        assert [sentence[:20] for sentence in slower_sentences(both)] == ["int8 takes 1.50 time"] * 2
+
+
+def test_a_stored_precision_has_the_name_that_makes_it(tiny_run: Path) -> None:
+    run = load_run(tiny_run)
+    assert set(NAMES.values()) == set(PRECISIONS)
+    for name, stages in PRECISIONS.items():
+        draft = Draft(run.model, run.settings, run.model)
+        if name != "int4":  # Groups of 32 do not divide the tiny run's layers.
+            for stage in read_stages(stages):
+                compress_(draft, stage, measure=False)
+            assert stored_precision(replace(run, settings=draft.settings)) == name
+
+
+@pytest.mark.parametrize(
+    ("layers", "table", "name"),
+    [
+        (["int4", "int4"], "int8", "int4"),
+        (["int4", "int8"], "int8", "int4"),
+        (["int8", "int8"], "int8", "int8"),
+        (["int4"], "bf16", "layers int4, table bf16"),
+        (["bf16", "int8"], "int8", "layers bf16, int8, table int8"),
+        (["fp8"], None, "layers fp8, table float32"),
+        ([], "fp8", "layers float32, table fp8"),
+    ],
+)
+def test_a_stored_precision_in_words(tiny_run: Path, layers: list[str], table: str | None, name: str) -> None:
+    formats = {
+        f"layer.{place}": LayerFormat(format=each, group_size=32 if each == "int4" else None)  # type: ignore[arg-type]
+        for place, each in enumerate(layers)
+    }
+    stored = QuantizationConfig(layers=formats, table=table and TableFormat(format=table))  # type: ignore[arg-type]
+    run = load_run(tiny_run)
+    assert stored_precision(replace(run, settings=run.settings.model_copy(update={"quantization": stored}))) == name
 
 
 def test_engines_in_int8_are_held_against_themselves_in_float32(records: list[CompressRecord]) -> None:
@@ -217,11 +281,11 @@ def test_records_are_written_as_they_are_read(records: list[CompressRecord], tmp
 def test_records_of_several_batch_sizes_survive_conversion(records: list[CompressRecord]) -> None:
     """Each batch size is a benchmark of its own; the record lies beside them, once."""
     both = records[3].model_copy(
-        update={"batch_sizes_users": [1, 16], "timings": [records[3].timings[0], records[12].timings[0]]}
+        update={"batch_sizes_users": [1, 16], "timings": [records[3].timings[0], records[13].timings[0]]}
     )
     content = pytest_json([records[0], both])
     assert [each["params"]["batch"] for each in content["benchmarks"]] == ["1", "1", "16"]
     assert [each["adrec_position"] for each in content[UNTIMED]] == [1]
-    assert content["benchmarks"][2]["stats"]["data"] == [each / 1e3 for each in records[12].timings[0].round_medians_ms]
+    assert content["benchmarks"][2]["stats"]["data"] == [each / 1e3 for each in records[13].timings[0].round_medians_ms]
     assert "adrec_record" not in content["benchmarks"][2]["extra_info"]
     assert records_of(content, "x.json") == [records[0], both]

@@ -15,7 +15,8 @@ from adrec.checkpoint import load_run
 from adrec.cli import build_app
 from adrec.engines import ReferenceEngine
 from adrec.errors import ConfigError, NotSupportedError, RunError
-from bench.compression.record import read_compress_records
+from bench.archive import read_any
+from bench.compression.record import CompressRecord
 from compress.api import read_compression
 from compress.recipe import read_recipe, shipped_recipes
 from compress.technique import CompressionError
@@ -248,7 +249,7 @@ def test_compressed_runs_are_held_against_their_teacher(compressible_run: Path, 
     records = tmp_path / "compress.jsonl"
     options = ["--precisions", "float32,int8", "--batch-sizes", "1,4", "--seconds-per-row", "0.01", "--rounds", "2"]
     shown = adrec("bench", "compress", compressible_run, *options, "--out", records)
-    rows = read_compress_records(records)
+    rows = [row for row in read_any(records) if isinstance(row, CompressRecord)]
     assert [(row.role, row.steps, row.precision, row.engine) for row in rows] == [
         ("teacher", 4, "float32", "reference"),
         ("baseline", None, "float32", "cached"),

@@ -17,12 +17,15 @@ from typer.testing import CliRunner, Result
 
 from adrec.checkpoint import load_run, save_run
 from adrec.cli import build_app
-from adrec.config import RunConfig
+from adrec.config import RunConfig, TableFormat
 from adrec.data.dataset import Dataset
 from adrec.engines import CachedEngine
 from adrec.engines.base import TopK
 from adrec.errors import AdrecError
+from adrec.models import quantization_of
+from adrec.models.item_tables import QuantizedTable
 from compress.export.comparison import Pair, hit_difference, tied_overlap
+from compress.export.onnx_export import ExportOptions, export_onnx
 from compress.export.replay_compare import compare_float32, compare_lists
 
 onnx = pytest.importorskip("onnx")
@@ -154,6 +157,21 @@ def test_saved_inputs_and_outputs_replay(run: Path, exported: Path, tmp_path: Pa
     assert (items == outputs["onnxruntime-cpu"][0]["items"]).all()
 
 
+def test_nothing_is_saved_where_nothing_replays(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("polygraphy")
+    out, saved = tmp_path / "loop", tmp_path / "saved"
+    export_onnx(load_run(run).model, out, ExportOptions(steps=(), loop=True, k=20))
+    result = adrec("export", "verify", out, "--against", run, "--users", "7", "--save", saved)
+    assert "holds no request graph that TensorRT reads, so nothing was saved" in result.output
+    assert not saved.exists()
+    message = refused("export", "verify", out, "--against", run, "--save", out)
+    assert "the export itself; choose another folder" in message
+    # Told before the run is read, let alone compared.
+    monkeypatch.setitem(sys.modules, "polygraphy.json", None)
+    message = refused("export", "verify", out, "--against", tmp_path / "none", "--save", saved)
+    assert message == "Polygraphy is not installed: pip install 'adrec[polygraphy]'"
+
+
 def replay(*change: tuple[str, Any]) -> tuple[dict[str, bool], dict[str, bool]]:
     """Verdicts of both comparisons on one list of three items, the second and the third tied, with changes."""
     there: dict[str, Any] = {
@@ -170,6 +188,8 @@ def test_a_replay_compares_lists_up_to_ties() -> None:
     # Item 9 has the score of the last one: which of the tied items is listed is not said.
     assert replay(("items", np.array([[4, 7, 9]])))[0] == right
     assert replay(("items", np.array([[9, 7, 2]]))) == (right | {"items": False}, {"scores": True, "items": False})
+    repeated = replay(("items", np.array([[4, 7, 7]])))
+    assert repeated == (right | {"items": False}, {"scores": True, "items": False})
     assert replay(("scores", np.array([[3.0, 2.0, 2.0 - 4e-5]])))[0] == right | {"scores": False}
     assert replay(("rows", np.array([[0.5, -1.0 + 2e-5]])))[0] == right | {"rows": False}
     assert replay(("scores", np.array([[3.0, 2.0, np.nan]]))) == (
@@ -256,12 +276,34 @@ def test_representations_are_verified_where_the_table_is_outside(
     assert result.exit_code == 0, result.output
 
 
-def test_the_baseline_is_exported_and_verified_too(run: Path, tmp_path: Path) -> None:
+def test_the_baseline_is_exported_and_verified_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "sasrec"
     assert adrec("export", run, "--baseline", "--out", out).exit_code == 0
-    result = adrec("export", "verify", out, "--against", run, "--users", "30")
+    pairs = tmp_path / "pairs.json"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/adrec", "export", "verify", "a folder"])
+    result = adrec("export", "verify", out, "--against", run, "--users", "30", "--json", pairs)
     assert result.exit_code == 0, result.output
     assert "request-fp32.onnx" in result.output
+    record = json.loads(pairs.read_text())
+    assert record["command"] == "adrec export verify 'a folder'"
+    assert record["model_fingerprint"] == load_run(run / "baseline").fingerprint != load_run(run).fingerprint
+
+
+def test_a_run_in_fewer_bits_says_what_its_graph_computes(
+    tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, data: Path
+) -> None:
+    made = tiny_model(model="sasrec", max_length=20)
+    made.item_embedding = QuantizedTable.of(made.table.detach(), TableFormat(format="int8"))
+    settings = RunConfig(model=made.config, quantization=quantization_of(made))
+    save_run(tmp_path / "run", settings, made, tiny_dataset, str(data), {})
+    out = tmp_path / "out"
+    said = "the run stores int8: the graph computes with those numbers in float32; --int8 keeps the file small"
+    assert said in adrec("export", tmp_path / "run", "--out", out).output
+    facts = {each.key: each.value for each in onnx.load(out / "request-fp32.onnx").metadata_props}
+    assert facts["adrec.source_formats"] == "int8"
+    result = adrec("export", "verify", out, "--against", tmp_path / "run", "--users", "30")
+    assert result.exit_code == 0, result.output
+    assert "held to the numbers that the run stores (int8) in float32, not to" in result.output
 
 
 def test_bad_options_are_refused_before_any_work(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -283,6 +325,10 @@ def test_bad_options_are_refused_before_any_work(run: Path, exported: Path, tmp_
     assert "--steps holds 5; allowed: 1 to 4" in refused("export", run, "--steps", "1,5", "--out", out)
     assert "k is 41; allowed: 1 to 40" in refused("export", run, "--k", "41", "--out", out)
     assert "--profile is for --to tensorrt" in refused("export", run, "--profile", "batch=1:1:1", "--out", out)
+    for option in (["--weights", "refit"], ["--workspace-mib", "3"], ["--tf32"], ["--version-compatible"]):
+        assert f"{option[0]} is for --to tensorrt; --to is 'onnx'" in refused("export", run, *option, "--out", out)
+    plugins = refused("export", run, "--to", "aotinductor", "--plugins", "--out", out)
+    assert plugins == "--to aotinductor has no nodes that TensorRT runs; drop --plugins"
     assert "needs --profile" in refused("export", run, "--to", "tensorrt", "--out", out)
     assert "has no reverse steps" in refused("export", run, "--baseline", "--steps", "4", "--out", out)
     assert "already holds an export; pass --overwrite" in refused("export", run, "--out", exported)
@@ -296,6 +342,8 @@ def test_lists_overlap_up_to_ties() -> None:
     tied = TopK(torch.tensor([[2, 1, 9]]), torch.tensor([[3.0, 2.0, 1.0]]))
     assert tied_overlap(tied, best, torch.tensor([[2.0, 3.0, 1.0 - 1e-6]])).item() == 1.0
     assert tied_overlap(tied, best, torch.tensor([[2.0, 3.0, 0.9]])).item() == pytest.approx(2 / 3)
+    copies = TopK(torch.tensor([[1, 1, 1]]), torch.tensor([[3.0, 3.0, 3.0]]))
+    assert tied_overlap(copies, best, torch.tensor([[3.0, 3.0, 3.0]])).item() == pytest.approx(1 / 3)
 
 
 def test_hit_difference_by_hand() -> None:
@@ -311,6 +359,7 @@ def test_hit_difference_by_hand() -> None:
     [
         ("fp32", {"score_error": 2e-5}, "score error 2.0e-05, allowed 1e-05"),
         ("fp32", {"tie_tolerance": 2e-5}, "lists differ by more than ties"),
+        ("fp16", {"score_error": 5.0}, "score error 5.0e+00, allowed 1e-02"),
         ("fp16", {"overlap": 0.994}, "overlap 0.9940, allowed from 0.995"),
         ("int8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20, allowed from 99.5 %"),
         ("fp8-qdq", {"ndcg_kept": (99.4, 99.0, 99.9)}, "keeps 99.40 % of NDCG@20"),
