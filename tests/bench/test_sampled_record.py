@@ -42,7 +42,7 @@ def test_the_record_holds_the_rows_of_evaluate(run: Path, tmp_path: Path) -> Non
     adrec(app, run, "--out", out, "--sampler", "ddpm,ddim", "--start", "noise,zero", "--until-stable", "3")
     record = SampledRecord.model_validate_json(out.read_text(encoding="utf-8"))
     assert (record.run, record.dataset, record.lambda_uncertainty) == ("run", "tiny", 1.0)
-    assert record.command.startswith("python -m bench.sampled ")
+    assert record.command.startswith("python -m bench.sampled")
     options = ["--steps", "1,2,4,5", "--sampler", "ddpm,ddim", "--start", "noise,zero", "--history", "keep"]
     for each in record.evaluations:
         adrec(build_app(), "evaluate", run, *options, "--until-stable", "3", "--split", each.split, "--json", rows)

@@ -93,7 +93,7 @@ def test_bad_assignments(recipe_file: Any, assignment: str, message: str) -> Non
 
 
 def test_a_name_that_is_no_recipe_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"--recipe smal: .*did you mean 'small'"):
+    with pytest.raises(ConfigError, match=r"--recipe 'smal': .*did you mean 'small'"):
         read_recipe("smal")
 
 

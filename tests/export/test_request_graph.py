@@ -176,10 +176,3 @@ def test_bad_plans_are_refused(tiny_model: ModelFactory) -> None:
         Graph(core, GraphPlan("score", catalogue="outside"), model)
     with pytest.raises(NotSupportedError, match="there is no loop to export"):
         Graph(RequestGraph(plain), GraphPlan("request", loop=True), plain)
-
-
-def test_a_quantised_model_is_refused(tiny_model: ModelFactory) -> None:
-    model = tiny_model()
-    model.register_buffer("quantised", torch.zeros(2, dtype=torch.int8))
-    with pytest.raises(NotSupportedError, match=r"stores quantised as torch\.int8: .* export the run it was made from"):
-        RequestGraph(model)
