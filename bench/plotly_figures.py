@@ -58,9 +58,9 @@ def _trace(chart: Chart, line: Line) -> dict[str, Any]:
         "meta": {"style": style, "engine": line.engine, "precision": line.precision, "front": line.front},
         "line": {"dash": dash, "width": 1.5 if line.level else 2},
         "marker": {"symbol": SYMBOLS[style] + ("-open" if line.hollow else ""), "size": 9},
-        "hovertemplate": _hover(chart, line),
-        # The points of the Pareto line are those of other lines, which have more to say.
-        "hoverinfo": "skip" if line.front else "all",
+        # The points of the Pareto line are those of other lines, which have more to say. Plotly reads `hoverinfo` only
+        # where there is no template.
+        **({"hoverinfo": "skip"} if line.front else {"hovertemplate": _hover(chart, line)}),
         # The label of the last point may reach beyond the axis.
         "cliponaxis": False,
     }

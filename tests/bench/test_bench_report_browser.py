@@ -18,7 +18,7 @@ from bench.json_lines import json_line
 from bench.profiling.floors import Rates
 from bench.profiling.page import page_of
 from bench.profiling.profile import Profiler
-from bench.record import TradeoffRecord
+from bench.record import Estimate, TradeoffRecord
 from bench.report import write_report
 from bench.subject import load_subject
 
@@ -210,9 +210,25 @@ def test_csv_holds_what_is_shown(tab: Tab, report: Path, tiny_records: list[Trad
     assert checked == 4
 
 
-@pytest.mark.slow  # The line of the front sometimes takes the hover: not settled yet.
-def test_hovering_tells_all_of_a_point(tab: Tab, report: Path) -> None:
-    tab.open(report)
+def test_hovering_tells_all_of_a_point(tab: Tab, tiny_records: list[TradeoffRecord], tmp_path: Path) -> None:
+    # Two points, both on the front, whose line runs through them and must not take the hover.
+    points = [each for each in tiny_records if (each.engine, each.batch_size_users) == ("cached", 1) and each.steps]
+    assert len(points) == 2
+    spread = [
+        each.model_copy(
+            update={
+                "timing": each.timing.model_copy(update={"latency_ms_p50": slowness, "latency_ms_p95": slowness, "latency_ms_p99": slowness}),
+                "accuracy": each.accuracy.model_copy(
+                    update={"metrics_percent": {"NDCG@20": Estimate(value=slowness, low=slowness, high=slowness)}}
+                ),
+            }
+        )
+        for slowness, each in zip((1.0, 10.0), points, strict=True)
+        if each.timing and each.accuracy
+    ]
+    tab.open(write_report(spread, tmp_path / "report.html"))
+    hidden = "document.querySelector('.plot')._fullData.filter((trace) => trace.hoverinfo === 'skip')"
+    assert tab.run(f"{hidden}.map((trace) => trace.name)") == ["Pareto line"]
     tab.run("document.querySelector('figure').scrollIntoView()")
     place = tab.run(
         "(() => { const box = document.querySelector('.plot .point').getBoundingClientRect();"
