@@ -217,7 +217,9 @@ def test_hovering_tells_all_of_a_point(tab: Tab, tiny_records: list[TradeoffReco
     spread = [
         each.model_copy(
             update={
-                "timing": each.timing.model_copy(update={"latency_ms_p50": slowness, "latency_ms_p95": slowness, "latency_ms_p99": slowness}),
+                "timing": each.timing.model_copy(
+                    update={"latency_ms_p50": slowness, "latency_ms_p95": slowness, "latency_ms_p99": slowness}
+                ),
                 "accuracy": each.accuracy.model_copy(
                     update={"metrics_percent": {"NDCG@20": Estimate(value=slowness, low=slowness, high=slowness)}}
                 ),
