@@ -19,7 +19,8 @@ GraphKind = Literal["request", "represent", "encode", "denoise", "score"]
 Catalogue = Literal["inside", "input", "outside"]
 """Where the item table is: an initialiser of the graph, an input of it, or looked up and scored by the caller."""
 GraphFormat = Literal["onnx", "aotinductor"]
-Precision = Literal["fp32", "fp16", "int8-dynamic", "int8-qdq", "fp8-qdq"]
+Quantisation = Literal["int8-dynamic", "int8-qdq", "fp8-qdq"]
+Precision = Literal["fp32", "fp16"] | Quantisation
 
 
 class ExportError(AdrecError):

@@ -11,9 +11,9 @@ from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord
 from bench.compression.record import CompressRecord
 from bench.environment import Environment
-from bench.kernels.records import EngineRecord, KernelRecord, Measured, PathTiming
+from bench.kernels.records import EngineRecord, KernelRecord, Measured, Measuring, PathTiming
 from bench.profiling.record import ProfileRecord
-from bench.record import Accuracy, TradeoffRecord
+from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord
 from bench.scaling.record import ScalingRecord
 from bench.serving.records import ServingRecord
 from bench.training_speed.record import TrainingRecord
@@ -79,7 +79,9 @@ def row_of(record: object) -> Row:
 @row_of.register
 def _(record: TradeoffRecord) -> Row:
     timing = record.timing
-    return Row(
+    return _row(
+        record,
+        record.protocol,
         key=_key(
             model=record.model,
             engine=record.engine,
@@ -87,7 +89,7 @@ def _(record: TradeoffRecord) -> Row:
             batch=record.batch_size_users,
             seed=record.seed if record.steps is not None else None,
             precision=record.precision,
-            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+            data=_data(record),
             split=record.split,
         ),
         rounds_ms=tuple(timing.round_medians_ms) if timing else (),
@@ -96,18 +98,15 @@ def _(record: TradeoffRecord) -> Row:
         error=record.error,
         users=(record.dataset_fingerprint, record.split, str(record.dataset_users)),
         weights=record.model_fingerprint,
-        clock=record.protocol.clock,
-        device=record.protocol.device,
-        threads=record.protocol.threads,
-        environment=record.environment,
-        measured_at_utc=record.measured_at_utc,
     )
 
 
 @row_of.register
 def _(record: ServingRecord) -> Row:
     summary, demand = record.summary, record.demand
-    return Row(
+    return _row(
+        record,
+        record,
         key=_key(
             scenario=record.scenario,
             model=record.model,
@@ -119,7 +118,7 @@ def _(record: ServingRecord) -> Row:
             load=demand.load,
             rate=demand.arrivals_per_second if demand.load is None else None,
             precision=record.precision,
-            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+            data=_data(record),
             split=record.split,
         ),
         rounds_ms=tuple(summary.window_medians_ms) if summary else (),
@@ -128,11 +127,6 @@ def _(record: ServingRecord) -> Row:
         error=record.error,
         users=(record.dataset_fingerprint, record.split, str(record.accuracy.users if record.accuracy else 0)),
         weights=record.model_fingerprint,
-        clock=record.clock,
-        device=record.device,
-        threads=record.threads,
-        environment=record.environment,
-        measured_at_utc=record.measured_at_utc,
     )
 
 
@@ -160,25 +154,19 @@ def _(record: EngineRecord) -> Row:
 @row_of.register
 def _(record: TrainingRecord) -> Row:
     timing = record.timing
-    return Row(
+    return _row(
+        record,
+        record,
         key=_key(
             training=record.model,
             batch=record.batch_size_users,
             precision=record.precision,
             width=record.width,
-            data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+            data=_data(record),
         ),
         rounds_ms=tuple(timing.window_medians_ms) if timing else (),
         tail_ms=timing.step_ms_p95 if timing else None,
-        accuracy=None,
         error=record.error,
-        users=(),
-        weights="",
-        clock=record.clock,
-        device=record.device,
-        threads=record.threads,
-        environment=record.environment,
-        measured_at_utc=record.measured_at_utc,
     )
 
 
@@ -198,7 +186,9 @@ def _sizes(record: CompressRecord) -> Iterator[Row]:
     accuracy = record.accuracy
     for size in record.batch_sizes_users or [timing.batch_size_users for timing in record.timings]:
         timing = record.timing(size)
-        yield Row(
+        yield _row(
+            record,
+            record.protocol,
             key=_key(
                 network=record.network,
                 run=record.run_name,
@@ -206,7 +196,7 @@ def _sizes(record: CompressRecord) -> Iterator[Row]:
                 precision=record.precision,
                 engine=record.engine,
                 batch=size,
-                data=f"{record.dataset_name} {record.dataset_fingerprint[:12]}",
+                data=_data(record),
                 split=record.split,
             ),
             rounds_ms=tuple(timing.round_medians_ms) if timing else (),
@@ -215,28 +205,17 @@ def _sizes(record: CompressRecord) -> Iterator[Row]:
             error=None if timing and accuracy else record.error,
             users=(record.dataset_fingerprint, record.split, str(accuracy.users if accuracy else 0)),
             weights=record.model_fingerprint,
-            clock=record.protocol.clock,
-            device=record.protocol.device,
-            threads=record.protocol.threads,
-            environment=record.environment,
-            measured_at_utc=record.measured_at_utc,
         )
 
 
 def _measured(record: Measured | ScalingRecord, key: Key, timing: PathTiming | None, error: str | None) -> Row:
-    return Row(
+    return _row(
+        record,
+        record.protocol,
         key=key,
         rounds_ms=tuple(each / 1e3 for each in timing.round_medians_us) if timing else (),
         tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
-        accuracy=None,
         error=error,
-        users=(),
-        weights="",
-        clock=record.protocol.clock,
-        device=record.protocol.device,
-        threads=record.protocol.threads,
-        environment=record.environment,
-        measured_at_utc=record.measured_at_utc,
     )
 
 
@@ -291,6 +270,39 @@ def _machine_of(row: Row) -> dict[str, object]:
 
 def _differences(old: Mapping[str, object], new: Mapping[str, object]) -> list[str]:
     return [f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]]
+
+
+def _row(
+    record: TradeoffRecord | ServingRecord | TrainingRecord | CompressRecord | Measured | ScalingRecord,
+    measuring: MeasuringProtocol | Measuring | ServingRecord | TrainingRecord,
+    *,
+    key: Key,
+    rounds_ms: tuple[float, ...],
+    tail_ms: float | None,
+    error: str | None,
+    accuracy: Accuracy | None = None,
+    users: tuple[str, ...] = (),
+    weights: str = "",
+) -> Row:
+    """The row of a record, whose clock, device and threads ``measuring`` has."""
+    return Row(
+        key=key,
+        rounds_ms=rounds_ms,
+        tail_ms=tail_ms,
+        accuracy=accuracy,
+        error=error,
+        users=users,
+        weights=weights,
+        clock=measuring.clock,
+        device=measuring.device,
+        threads=measuring.threads,
+        environment=record.environment,
+        measured_at_utc=record.measured_at_utc,
+    )
+
+
+def _data(record: TradeoffRecord | ServingRecord | TrainingRecord | CompressRecord) -> str:
+    return f"{record.dataset_name} {record.dataset_fingerprint[:12]}"
 
 
 def _key(**parts: str | float | None) -> Key:

@@ -61,13 +61,22 @@ NAMES = dict(_names())
 
 
 def load_networks(teacher: Run, paths: Sequence[Path], option: str) -> list[Run]:
-    """Load compressed runs; raises RunError for one of other data than the teacher's, and for a rounded teacher."""
+    """Load compressed runs; raises RunError for one of other data than the teacher's, for a rounded teacher, and for
+    two of the same name, by which records tell them apart.
+    """
     if (stored := stored_precision(teacher)) != FLOAT:
         raise RunError(
             f"{teacher.path}: stores {stored}, so that it is no teacher to be held against; give the run that it was"
             f" made from, and this one with {option}"
         )
     loaded = [load_run(path) for path in dict.fromkeys(paths)]
+    folders: dict[str, Path] = {}
+    for run in (teacher, *loaded):
+        if (same := folders.setdefault(run.path.resolve().name, run.path)) != run.path:
+            raise RunError(
+                f"{option} {run.path}: has the name of {same}, and records know a run by the name of its folder; rename"
+                " one of the two"
+            )
     for other in loaded:
         if other.dataset_fingerprint != teacher.dataset_fingerprint:
             raise RunError(

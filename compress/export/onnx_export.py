@@ -15,7 +15,16 @@ import torch
 
 from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
-from adrec.engines.exported import MANIFEST, Catalogue, ExportError, GraphFile, GraphKind, Manifest, Precision
+from adrec.engines.exported import (
+    MANIFEST,
+    Catalogue,
+    ExportError,
+    GraphFile,
+    GraphKind,
+    Manifest,
+    Precision,
+    Quantisation,
+)
 from adrec.errors import ConfigError, NotSupportedError
 from adrec.models import in_float32
 from adrec.models.adrec import ADRec
@@ -30,7 +39,6 @@ from compress.export.request import RequestGraph
 OPSET = 20
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 INLINE_LIMIT = 2**31 - 2**24
-Quantisation = Literal["int8-dynamic", "int8-qdq", "fp8-qdq"]
 
 
 @dataclass(frozen=True)

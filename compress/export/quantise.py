@@ -22,20 +22,19 @@ import numpy as np
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines.exported import ExportError
+from adrec.engines.exported import ExportError, Quantisation
 from adrec.errors import NotSupportedError
 from compress.export.float8 import quantise_float8
 from compress.export.graphs import Graph
 from compress.export.onnx_graph import dimensions
 
-QuantisationName = Literal["int8-dynamic", "int8-qdq", "fp8-qdq"]
 CALIBRATION_BATCH = 32
 
 
 def quantise_graph(
     source: Path,
     target: Path,
-    kind: QuantisationName,
+    kind: Quantisation,
     graph: Graph,
     facts: dict[str, str],
     calibration: Jagged | None,

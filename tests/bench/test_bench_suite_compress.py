@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bench.archive import read_any
 from bench.cli import register
 from bench.comparing.comparison import compare
 from bench.comparing.rows import rows_of
-from bench.compression.networks import NAMES, stored_precision
+from bench.compression.networks import NAMES, load_networks, stored_precision
 from bench.compression.record import CompressRecord
 from bench.compression.slower import slowdown, slower_sentences
 from bench.compression.tables import csv_table, markdown_table
@@ -253,6 +254,14 @@ def test_what_does_not_belong_is_refused(tiny_run: Path, stored_int8: Path, meas
     ):
         with pytest.raises(kind, match=message):
             raise invoke("run", "compress", *arguments).exception
+
+
+def test_two_runs_of_one_name_are_refused(tiny_run: Path, stored_int8: Path, tmp_path: Path) -> None:
+    twin = tmp_path / stored_int8.name
+    shutil.copytree(stored_int8, twin)
+    assert len(load_networks(load_run(tiny_run), [stored_int8, stored_int8], "--with")) == 1
+    with pytest.raises(RunError, match=f"has the name of .*{stored_int8.name}.*rename one"):
+        load_networks(load_run(tiny_run), [stored_int8, twin], "--with")
 
 
 def test_an_engine_that_fails_is_a_cell(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from adrec.engines.exported import Manifest
 from adrec.engines.tensorrt.profiles import Profile, check_profiles, parse_profile
 from adrec.errors import ConfigError
+from compress.export.lint_rules import MOST_RESULTS
 from compress.export.tensorrt.build import export_tensorrt
-from compress.export.tensorrt.graph import MOST_RESULTS
 from compress.export.tensorrt.options import BuildOptions
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adrec.engines.tensorrt.plan import TensorInfo, combined, graph_digests
 from adrec.errors import ConfigError, NotSupportedError
+from compress.export.lint_rules import MOST_RESULTS
 from compress.export.tensorrt.operators import DOMAIN
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 # What the parsers of 10.12 to 11 read (their list of operators is for these versions of the ONNX standard).
 OPSETS = range(9, 26)
-MOST_RESULTS = 3840
 _ELEMENT_TYPES = {
     "FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT8E4M3FN": "float8_e4m3fn",
     "INT8": "int8", "UINT8": "uint8", "INT32": "int32", "INT64": "int64", "BOOL": "bool",
