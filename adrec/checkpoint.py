@@ -38,7 +38,11 @@ BASELINE = "baseline"
 
 
 class RunInfo(StrictModel):
-    """Contents of ``run.json``: where the run comes from. data_path is as given at training time."""
+    """Contents of ``run.json``: where the run comes from.
+
+    data_path: absolute, so that it is found from any directory; as given where nothing is there, and in runs of earlier
+    versions.
+    """
 
     schema_version: Literal[1] = 1
     tool_version: str
@@ -112,11 +116,12 @@ def save_run(
     with replacing(path / ITEMS) as temporary:
         pq.write_table(table, temporary)
     write_metrics(path, metrics)
+    where = Path(data_path)
     info = RunInfo(
         tool_version=tool_version(),
         dataset_name=dataset.name,
         dataset_fingerprint=dataset.fingerprint,
-        data_path=data_path,
+        data_path=str(where.resolve()) if data_path and where.exists() else data_path,
         model_fingerprint=model_fingerprint(state),
         config_sha256=_sha256(path / CONFIG),
     )

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kernels import _runtime
 from kernels.compilation import CompilationError, Variant, compiled_kernel
@@ -89,14 +90,22 @@ def strip_hidden(ptx: str, kernel: str, declared: int) -> str:
 
 def assemble(ptx: str, target: Target) -> bytes:
     """Machine code of PTX by Triton's ``ptxas``. Raises CompilationError with what it says."""
-    knobs = _runtime.triton.knobs.nvidia
-    assembler = knobs.ptxas_blackwell if target.capability >= 100 and hasattr(knobs, "ptxas_blackwell") else knobs.ptxas
     architecture = f"sm_{target.capability}" + ("a" if target.capability >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx, encoding="utf-8")
-        command = [assembler.path, f"--gpu-name={architecture}", str(source), "-o", str(output)]
+        command = [_assembler(target).path, f"--gpu-name={architecture}", str(source), "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CompilationError(f"ptxas refuses the kernel: {(done.stderr or done.stdout).strip()[-400:]}")
         return output.read_bytes()
+
+
+def assembler_version(target: Target) -> str:
+    """Version of the ``ptxas`` that Triton compiles with for a target, such as 12.8; "unknown" without Triton."""
+    return str(_assembler(target).version) if _runtime.AVAILABLE else "unknown"
+
+
+def _assembler(target: Target) -> Any:
+    knobs = _runtime.triton.knobs.nvidia
+    return knobs.ptxas_blackwell if target.capability >= 100 and hasattr(knobs, "ptxas_blackwell") else knobs.ptxas

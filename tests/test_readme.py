@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -98,37 +95,3 @@ def test_make_targets_named_in_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-
-
-def measured(content: Any) -> Iterator[tuple[float, float, float]]:
-    """Every value with its interval in a record, by whatever name."""
-    if isinstance(content, dict):
-        if {"value", "low", "high"} <= content.keys():
-            yield content["value"], content["low"], content["high"]
-        for each in content.values():
-            yield from measured(each)
-    elif isinstance(content, list):
-        if len(content) == 3 and all(isinstance(each, float) for each in content):
-            yield content[0], content[1], content[2]
-        for each in content:
-            yield from measured(each)
-
-
-def test_figures_with_an_interval_are_those_of_the_records() -> None:
-    known = set()
-    for path in sorted((ROOT / "bench/records").glob("*.json*")):
-        text = path.read_text(encoding="utf-8")
-        for record in text.splitlines() if path.suffix == ".jsonl" else [text]:
-            for triple in measured(json.loads(record)):
-                known.add(tuple(f"{each:.2f} %" for each in triple))
-                known.add(tuple(f"{each:.0f}x" for each in triple))
-                if all(triple):
-                    known |= {tuple(f"1/{1 / each:.{digits}f}" for each in triple) for digits in (0, 1)}
-    quoted = [
-        tuple(f"{each} %" for each in found)
-        for found in re.findall(r"(\d+\.\d\d) % \[(-?\d+\.\d\d), (\d+\.\d\d)\]", README)
-    ]
-    quoted += [tuple(f"{each}x" for each in found) for found in re.findall(r"(\d+)x \[(\d+), (\d+)\]", README)]
-    quoted += re.findall(r"(1/[\d.]+) \[(1/[\d.]+), (1/[\d.]+)\]", README)
-    assert len(quoted) > 25
-    assert [each for each in quoted if each not in known] == []

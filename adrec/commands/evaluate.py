@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +69,7 @@ def evaluate(
     from adrec.comparison import Comparison, Split
     from adrec.data.of_run import open_data
     from adrec.devices import check_device
+    from adrec.environment import printable_command, read_environment, utc_now
     from adrec.errors import ConfigError, nearest
     from adrec.files import check_output, write_text
     from adrec.source import named_source, reachable_source, recorded_source
@@ -109,7 +111,15 @@ def evaluate(
     elif recorded is not None:
         console.print(_stored(recorded), markup=False, soft_wrap=True)
     if output is not None:
-        content: dict[str, Any] = {"run": str(run), "dataset": dataset.name, "split": split, "rows": rows}
+        content: dict[str, Any] = {
+            "command": printable_command(sys.argv),
+            "measured_at_utc": utc_now(),
+            "environment": read_environment().model_dump(mode="json"),
+            "run": str(run),
+            "dataset": dataset.name,
+            "split": split,
+            "rows": rows,
+        }
         if recorded is not None:
             content["source"] = recorded.model_dump(mode="json") | {"evaluated": made_of is not None}
         write_text(output, json.dumps(content, indent=2) + "\n")

@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 
 def open_data(run: Run, data: Path | None = None) -> Dataset:
     """Load the data set of a run, given or remembered; raises RunError when it is not the one trained on."""
-    path = Path(run.data_path) if data is None else data
-    if data is None and not (run.data_path and path.exists()):
-        raise RunError(
-            f"{run.path}: the run was trained from {run.data_path!r}, which is not there; say where the data is"
-            " with --data"
-        )
+    path = remembered(run) if data is None else data
     dataset = Dataset.load(path)
     if dataset.fingerprint != run.dataset_fingerprint:
         raise RunError(
@@ -28,3 +23,18 @@ def open_data(run: Run, data: Path | None = None) -> Dataset:
             " that the run was trained on with --data"
         )
     return dataset
+
+
+def remembered(run: Run) -> Path:
+    """Where the data of a run is.
+
+    Earlier versions stored a relative path as it was given: it is looked for here and in every folder that the run
+    lies in. RunError when it is nowhere.
+    """
+    if run.data_path:
+        for base in (Path(), *run.path.resolve().parents):
+            if (base / run.data_path).exists():
+                return base / run.data_path
+    raise RunError(
+        f"{run.path}: the run was trained from {run.data_path!r}, which is not there; say where the data is with --data"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,9 +80,11 @@ def compile_kernels(
     from adrec.errors import ConfigError, NotSupportedError
     from adrec.files import check_output
     from adrec.versions import installed_versions
-    from bench.kernels.compiled_table import read_table, regressions, row_key, write_table
+    from bench.environment import printable_command
+    from bench.kernels.compiled_table import CompiledTable, made_by, read_table, regressions, row_key, write_table
     from bench.kernels.selection import choose_cases, dtype_name, pick_all
     from kernels.compilation import CompilationError, compile_cases
+    from kernels.ptx import assembler_version
     from kernels.targets import TARGETS
 
     targets = [TARGETS[name] for name in ([*TARGETS] if target is None else pick_all(target, TARGETS, "--target"))]
@@ -145,7 +148,14 @@ def compile_kernels(
         notes.print(f"{len(worse)} rows worse than {check}", markup=False)
     if out is not None:
         others = [] if kept is None else [row for row in kept.rows if not chosen(row)]
-        rows = write_table(out, found, version, others)
+        assemblers = {each.name: assembler_version(each) for each in targets}
+        table = CompiledTable(
+            command=made_by(printable_command(sys.argv), kept),
+            triton=version,
+            ptxas=assemblers if kept is None else {**(kept.ptxas or {}), **assemblers},
+            rows=others,
+        )
+        rows = write_table(out, table, found)
         notes.print(f"{rows} rows in {out}" + (f", {len(others)} of them kept" if update else ""), markup=False)
     if bad or worse:
         raise typer.Exit(1)

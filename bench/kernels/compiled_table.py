@@ -58,11 +58,17 @@ class CompiledRow(Frozen):
 
 
 class CompiledTable(Frozen):
-    """Rows and the compiler that they are of."""
+    """Rows, the compiler that they are of, and the command that made them.
+
+    ``ptxas`` is the version of NVIDIA's assembler for each target. An ``--update`` is one more command, after ``&&``.
+    Tables of earlier versions have neither.
+    """
 
     schema_version: Literal[1] = 1
     kind: Literal["kernels-compiled"] = "kernels-compiled"
+    command: str | None = None
     triton: str
+    ptxas: dict[str, str] | None = None
     rows: list[CompiledRow]
 
 
@@ -96,15 +102,22 @@ def compiled_row(kernel: CompiledKernel) -> CompiledRow | None:
     )
 
 
-def write_table(path: Path, kernels: Iterable[CompiledKernel], triton: str, kept: Sequence[CompiledRow] = ()) -> int:
-    """Write the rows of everything that compiled, one a line so that a difference shows the kernels that changed.
+def made_by(command: str, kept: CompiledTable | None) -> str | None:
+    """What makes a table, ``command`` last; after an ``--update`` None where the rest of it is of unknown commands."""
+    if kept is None or kept.command is None:
+        return command if kept is None else None
+    return " && ".join([*(each for each in kept.command.split(" && ") if each != command), command])
 
-    kept: rows of an earlier table to hold beside them, in the place of their kernel. Returns the number of rows.
+
+def write_table(path: Path, table: CompiledTable, kernels: Iterable[CompiledKernel]) -> int:
+    """Write ``table`` with the rows of everything that compiled, in the place of their kernel.
+
+    One row a line, so that a difference shows the kernels that changed. Returns the number of rows.
     """
-    rows = [*kept, *(row for kernel in kernels if (row := compiled_row(kernel)) is not None)]
+    rows = [*table.rows, *(row for kernel in kernels if (row := compiled_row(kernel)) is not None)]
     places = {entry.name: place for place, entry in enumerate(entries())}
     rows.sort(key=lambda row: places.get(row.entry, len(places)))
-    head = CompiledTable(triton=triton, rows=[]).model_dump(mode="json", exclude={"rows"})
+    head = table.model_dump(mode="json", exclude={"rows"})
     lines = ",\n".join(json.dumps(row.model_dump(mode="json"), allow_nan=False) for row in rows)
     write_text(path, f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
     return len(rows)

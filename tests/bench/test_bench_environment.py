@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import environment
-from bench.environment import printable_command, read_environment
+from adrec import environment
+from adrec.environment import printable_command, read_environment
 
 
 def test_fingerprint_names_versions_and_threads() -> None:
@@ -42,14 +42,14 @@ def test_revision_of_a_checkout_and_of_a_package_inside_another_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _repository(tmp_path)
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench" / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "adrec" / "environment.py"))
     clean = read_environment().revision
     assert clean.git is not None
     assert len(clean.git) == 40
     assert clean.dirty is False
     (tmp_path / "new.txt").write_text("x")
     assert read_environment().revision.dirty is True
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "bench" / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "site-packages" / "adrec" / "environment.py"))
     (tmp_path / "site-packages").mkdir()
     assert read_environment().revision.git is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
 from adrec.versions import installed_versions
 from bench.kernels.commands import register
-from bench.kernels.compiled_table import compiled_row, read_table, regressions, write_table
+from bench.kernels.compiled_table import CompiledTable, compiled_row, read_table, regressions, write_table
 from bench.kernels.selection import choose_cases, choose_entries
 from kernels import _runtime
 from kernels.compilation import CompiledKernel, Resources
@@ -36,6 +37,11 @@ def kernel(usage: Resources | None = USAGE, target: str = "sm_90", **changes: An
         None if usage else "RuntimeError: no",
     )  # fmt: skip
     return replace(made, **changes)
+
+
+def table_of(triton: str) -> CompiledTable:
+    """An empty table as earlier versions wrote it."""
+    return CompiledTable(triton=triton, rows=[])
 
 
 @pytest.fixture(autouse=True)
@@ -104,9 +110,10 @@ def test_list_gives_advice() -> None:
 
 def test_a_table_is_written_and_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
-    write_table(path, [kernel(), kernel(None), kernel(target="sm_86")], "3.7.1")
+    head = CompiledTable(command="adrec kernels compile", triton="3.7.1", ptxas={"sm_90": "12.8"}, rows=[])
+    write_table(path, head, [kernel(), kernel(None), kernel(target="sm_86")])
     table = read_table(path)
-    assert table.triton == "3.7.1"
+    assert table.model_copy(update={"rows": []}) == head
     assert table.rows == [compiled_row(kernel()), compiled_row(kernel(target="sm_86"))]
     # A difference of two versions of the file shows the kernels that changed.
     assert path.read_text().count("\n") == 2 + 2
@@ -153,12 +160,22 @@ def test_what_is_no_regression() -> None:
         assert regressions([kernel(usage)], [before]) == []
 
 
-def test_compile_writes_a_table_and_checks_against_it(canned: list[CompiledKernel], tmp_path: Path) -> None:
+@pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
+def test_compile_writes_a_table_and_checks_against_it(
+    canned: list[CompiledKernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "table.json"
+    monkeypatch.setattr("sys.argv", ["/opt/bin/adrec", "kernels", "compile", "--out", str(path)])
     done = invoke("compile", "--kernel", "scale", "--dtype", "fp32", "--out", str(path))
     assert done.exit_code == 0, done.output
     assert "32 of 64 warps" in done.output
-    assert len(read_table(path).rows) == 2
+    table = read_table(path)
+    assert len(table.rows) == 2
+    assert table.command == "adrec kernels compile --out table.json"
+    assert table.triton == installed_versions()["triton"]
+    assert table.ptxas is not None
+    assert list(table.ptxas) == list(TARGETS)
+    assert all(re.fullmatch(r"\d+\.\d+", version) for version in table.ptxas.values())
     assert invoke("compile", "--check", str(path)).exit_code == 0
     canned[1] = kernel(replace(USAGE, registers=128), "sm_80")
     worse = invoke("compile", "--check", str(path), "--quiet")
@@ -172,7 +189,7 @@ def test_compile_writes_a_table_and_checks_against_it(canned: list[CompiledKerne
 def test_the_check_looks_at_the_chosen_rows_only(canned: list[CompiledKernel], tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     gone = kernel(entry="gone", dtype=torch.float16)
-    write_table(path, [*canned, gone], "3.7.1")
+    write_table(path, table_of("3.7.1"), [*canned, gone])
     assert "gone (scale_kernel)" in invoke("compile", "--check", str(path)).output
     assert invoke("compile", "--check", str(path), "--kernel", "scale*").exit_code == 0
     assert invoke("compile", "--check", str(path), "--dtype", "fp32").exit_code == 0
@@ -239,21 +256,37 @@ def test_the_command_catches_a_kernel_that_spills_and_one_that_is_too_large(tmp_
     assert status == 0, output
 
 
-def test_a_part_of_a_table_is_written_anew(tmp_path: Path, canned: list[CompiledKernel]) -> None:
+def test_a_part_of_a_table_is_written_anew(
+    tmp_path: Path, canned: list[CompiledKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows that were not chosen stay as they are; those of a chosen kernel that are gone go."""
+    monkeypatch.setattr("sys.argv", ["adrec", "kernels", "compile", "--update"])
     path = tmp_path / "table.json"
     other, gone = kernel(entry="spill"), kernel(kernel="old_kernel", launch=1)
-    write_table(path, [gone, kernel(replace(USAGE, registers=9)), other], str(installed_versions()["triton"]))
-    done = invoke("compile", "--kernel", "scale", "--update", "--out", str(path), "--quiet")
-    assert done.exit_code == 0
-    assert read_table(path).rows == [compiled_row(each) for each in [*canned, other]]
+    now = str(installed_versions()["triton"])
+    head = CompiledTable(command="adrec kernels compile", triton=now, ptxas={"sm_80": "1.0", "sm_70": "1.1"}, rows=[])
+    write_table(path, head, [gone, kernel(replace(USAGE, registers=9)), other])
+    update = ("compile", "--kernel", "scale", "--target", "sm_80,sm_90", "--update", "--out", str(path), "--quiet")
+    for _ in range(2):
+        done = invoke(*update)
+        assert done.exit_code == 0
+    table = read_table(path)
+    # Each command stands once; assemblers of targets that were not compiled now are kept.
+    assert table.command == "adrec kernels compile && adrec kernels compile --update"
+    assert table.ptxas is not None
+    assert table.ptxas["sm_70"] == "1.1"
+    assert table.ptxas["sm_80"] != "1.0"
+    assert table.rows == [compiled_row(each) for each in [*canned, other]]
+    write_table(path, table_of(now), canned)
+    invoke(*update)
+    assert read_table(path).command is None
     assert "3 rows" in done.stderr
     assert "1 of them kept" in done.stderr
 
 
 def test_a_part_of_another_compilers_table_is_not_replaced(tmp_path: Path, canned: list[CompiledKernel]) -> None:
     path = tmp_path / "table.json"
-    write_table(path, canned, "0.1")
+    write_table(path, table_of("0.1"), canned)
     before = path.read_bytes()
     error = error_of("compile", "--kernel", "scale", "--update", "--out", str(path))
     assert "is of Triton 0.1" in str(error)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from adrec.commands import environment
 from adrec.data.dataset import Dataset
 from adrec.errors import AdrecError, ConfigError, DataError, RunError
 from adrec.evaluation import METRICS, evaluate, popularity_evaluation
+from adrec.versions import installed_versions
 
 SMALL = ["model.width=16", "model.heads=2", "model.max_length=12", "train.batch_size=16"]
 TRAIN = ["--device", "cpu", "--devices", "1", "--no-progress", "--epochs", "2"]
@@ -68,6 +70,10 @@ def rows(trained: tuple[Path, str], data: Path, tmp_path_factory: pytest.TempPat
     assert f"written to {path}" in shown.replace("\n", "")
     written = json.loads(path.read_text("utf-8"))
     assert (written["run"], written["dataset"]) == (str(trained[0]), "tiny")
+    assert written["command"].split()[0] == Path(sys.argv[0]).name
+    assert written["environment"]["versions"] == installed_versions()
+    assert written["environment"]["machine"].keys() >= {"processor", "threads"}
+    assert datetime.fromisoformat(written["measured_at_utc"]).utcoffset() == timedelta(0)
     return written["rows"]
 
 
