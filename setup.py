@@ -29,6 +29,8 @@ EXTRAS = {
     "png": ["matplotlib>=3.8"],
     # Wheels of torch for CUDA bring Triton with them; this is for other builds of torch.
     "triton": [TRITON],
+    # In an environment of its own: it pins ray 2.6, of Python 3.11 at most, and breaks with newer numpy and pandas.
+    "recbole": ["recbole>=1.2.1; python_version < '3.12'", "numpy<2", "pandas<3"],
     "liger": ["liger-kernel>=0.6; platform_system == 'Linux'"],
     "dev": [
         "hypothesis>=6.100",

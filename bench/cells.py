@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine
+from bench.guest import MEMORY_MEANING, Guest, settled
 from bench.memory import peak_memory_mib
 from bench.record import Estimate, TimingSummary
 from bench.timing import (
-    Call,
     Clock,
     Report,
     Series,
     TimingProtocol,
+    Turn,
     describe_error,
-    measure_interleaved,
+    measure_turns,
     paired_ratio,
     percentiles_ms,
     quantiles_ms,
+    timed_turn,
 )
 
 
@@ -48,7 +50,7 @@ class GroupTimer:
     """Times the cells of one batch size, interleaved, on the same batches of real histories.
 
     ``engine`` finds a cell's engine and may raise: the cell then fails alone. ``longest`` is the history
-    length in items beyond which the model reads nothing; ``results`` is k.
+    length in items beyond which the model reads nothing; ``results`` is k. ``guests`` answer for their model's cells.
     """
 
     engine: Callable[[Cell], Engine]
@@ -58,26 +60,28 @@ class GroupTimer:
     seed: int
     longest: int
     results: int
+    guests: Mapping[str, Guest] = field(default_factory=dict)
 
     def measure(
         self, cells: Sequence[Cell], baseline: Cell, batches: Sequence[Jagged], progress: Report
     ) -> dict[Cell, TimingSummary | str]:
         """Return the summary of each cell, or the error that it ended with."""
-        calls: dict[str, Call] = {cell.name: partial(self._call, cell, batches) for cell in cells}
         memory: dict[str, tuple[float | None, str]] = {}
         errors: dict[str, str] = {}
         called: dict[str, float] = {}
-        for name, call in calls.items():
+        turns: dict[str, Turn] = {}
+        for cell in cells:
             # The stage has begun, though its warm-up is not part of the time that it is expected to take.
             progress(1e-9, len(cells) * self.protocol.seconds)
             started = time.perf_counter()
             try:
-                memory[name] = peak_memory_mib(partial(call, 0), self.device)
+                turns[cell.name], memory[cell.name] = self._first(cell, batches)
             except Exception as error:
-                errors[name] = describe_error(error)
-            called[name] = time.perf_counter() - started
-        working = {name: call for name, call in calls.items() if name not in errors}
-        series = measure_interleaved(working, self.protocol, self.clock, progress, called)
+                errors[cell.name] = describe_error(error)
+            called[cell.name] = time.perf_counter() - started
+        if self.guests:
+            turns = {name: settled(turn) for name, turn in turns.items()}
+        series = measure_turns(turns, self.protocol, progress, called)
         errors |= {name: each.error for name, each in series.items() if each.error is not None}
         tokens = sum(int(batch.lengths.clamp(max=self.longest).sum()) for batch in batches) / len(batches)
         return {
@@ -86,6 +90,15 @@ class GroupTimer:
             else self._summary(cell, series, baseline, tokens, memory[cell.name])
             for cell in cells
         }
+
+    def _first(self, cell: Cell, batches: Sequence[Jagged]) -> tuple[Turn, tuple[float | None, str]]:
+        """Call a cell for the first time; what times it, and its memory in MiB with the figure's meaning."""
+        if cell.model in self.guests:
+            turn = self.guests[cell.model].turn(batches, self.results)
+            turn(0, 0.0)
+            return turn, (None, MEMORY_MEANING)
+        call = partial(self._call, cell, batches)
+        return partial(timed_turn, call, self.clock), peak_memory_mib(partial(call, 0), self.device)
 
     def _call(self, cell: Cell, batches: Sequence[Jagged], number: int) -> object:
         batch = batches[number % len(batches)]

@@ -18,6 +18,7 @@ from bench.compression.bench_command import bench_compress
 from bench.conversion.commands import convert
 from bench.kernels.bench_command import bench_kernels
 from bench.profiling.commands import profile, profile_steps
+from bench.rivals.commands import bench_recbole
 from bench.running.commands import list_suites, run_suites, serving
 
 SPLITS = ("test", "validation")
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     group.command("profile")(profile)
     group.command("profile-steps")(profile_steps)
     group.command("compress")(bench_compress)
+    group.command("recbole")(bench_recbole)
     group.command("kernels")(bench_kernels)
     group.command("env")(env)
     app.add_typer(group, name="bench")

@@ -14,7 +14,7 @@ ACCURACY_ENGINE = "cached"
 
 @dataclass(frozen=True)
 class Plan:
-    """Checked axes of a sweep; the exact step count is always among ``steps``."""
+    """Checked axes of a sweep; ratios are to ``baseline_engine`` at ``baseline_steps``, which are among them."""
 
     engines: tuple[str, ...]
     steps: tuple[int, ...]
@@ -23,6 +23,7 @@ class Plan:
     exact_steps: int
     accuracy_engine: str
     baseline_engine: str
+    baseline_steps: int
     notices: tuple[str, ...] = ()
 
 
@@ -75,5 +76,6 @@ def make_plan(
         exact_steps=exact_steps,
         accuracy_engine=ACCURACY_ENGINE if ACCURACY_ENGINE in known_engines else engines[0],
         baseline_engine=baseline,
+        baseline_steps=exact_steps,
         notices=tuple(notices),
     )

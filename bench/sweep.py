@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -11,11 +11,13 @@ from functools import partial
 import torch
 
 from adrec.engines import Engine, make_engine
-from adrec.evaluation import popularity_evaluation, top_overlap
+from adrec.evaluation import Evaluation, popularity_evaluation, top_overlap
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook, estimates
 from bench.cells import Cell, GroupTimer
 from bench.environment import Environment, read_environment
+from bench.guest import Guest
+from bench.places import pack_places
 from bench.plan import Plan
 from bench.profiling.floors import machine_rates, request_cost_of
 from bench.progress import StageProgress
@@ -39,7 +41,7 @@ AccuracyKey = tuple[str, str, int | None, int]
 
 @dataclass
 class Sweep:
-    """Measures a subject by a plan; ``rows`` yields every record once."""
+    """Measures a subject, and guests beside it, by a plan; ``rows`` yields every record once."""
 
     subject: Subject
     plan: Plan
@@ -47,6 +49,7 @@ class Sweep:
     device: torch.device
     command: str
     progress: StageProgress
+    guests: Sequence[Guest] = ()
     _books: dict[str, AccuracyBook] = field(default_factory=dict)
     _measured: dict[AccuracyKey, Accuracy | str] | None = None
 
@@ -54,6 +57,7 @@ class Sweep:
         self._clock: Clock = clock_for(self.device)
         self._environment: Environment = read_environment()
         self._model: str = self.subject.run.config.model
+        self._guests = {guest.model: guest for guest in self.guests}
         self._results = min(RESULTS, self.subject.run.config.items)
         self._engines: dict[tuple[str, str], Engine | str] = {}
         for name in dict.fromkeys((*self.plan.engines, self.plan.accuracy_engine)):
@@ -81,9 +85,10 @@ class Sweep:
             seed=self.plan.seeds[0],
             longest=self.subject.run.config.max_length,
             results=self._results,
+            guests=self._guests,
         )
         batches = draw_batches(self.subject.examples.histories, size)
-        baseline = Cell(self._model, self.plan.baseline_engine, self.plan.exact_steps, size)
+        baseline = Cell(self._model, self.plan.baseline_engine, self.plan.baseline_steps, size)
         report = partial(self.progress.update, _stage(size))
         for cell, timing in timer.measure(self._cells(size), baseline, batches, report).items():
             # A model without steps draws no noise, so that its rows do not depend on the seed.
@@ -94,7 +99,7 @@ class Sweep:
         cells = [Cell(self._model, engine, steps, size) for engine in self.plan.engines for steps in self.plan.steps]
         if self.subject.baseline is not None:
             cells.append(Cell(BASELINE_MODEL, self.plan.accuracy_engine, None, size))
-        return cells
+        return cells + [Cell(guest.model, guest.engine, None, size) for guest in self.guests]
 
     def _accuracies(self) -> dict[AccuracyKey, Accuracy | str]:
         if self._measured is None:
@@ -109,16 +114,19 @@ class Sweep:
         started = time.perf_counter()
         self.progress.update(ACCURACY_STAGE, 0.0, len(keys) * self.protocol.seconds)
         for done, key in enumerate(keys, 1):
-            model, engine, steps, seed = key
             try:
-                found[key] = self._book(model).accuracy(
-                    steps, seed, self._engine(model, engine), self._book(self._model)
-                )
+                found[key] = self._accuracy(key)
             except Exception as error:
                 found[key] = f"accuracy: {describe_error(error)}"
             seconds = time.perf_counter() - started
             self.progress.update(ACCURACY_STAGE, seconds, seconds * len(keys) / done)
         return found
+
+    def _accuracy(self, key: AccuracyKey) -> Accuracy:
+        model, engine, steps, seed = key
+        if guest := self._guests.get(model):
+            return self._accuracy_of(guest.evaluation(self.subject.examples), guest.measured_with)
+        return self._book(model).accuracy(steps, seed, self._engine(model, engine), self._book(self._model))
 
     def _book(self, model: str) -> AccuracyBook:
         if model not in self._books:
@@ -144,20 +152,25 @@ class Sweep:
         cell = Cell(POPULARITY, "", None, 0)
         try:
             found = popularity_evaluation(self.subject.dataset.item_counts(), self.subject.examples)
-            exact = self._book(self._model).evaluation(self.plan.exact_steps, self.plan.seeds[0])
-            accuracy: Accuracy | str = Accuracy(
-                metrics_percent=estimates(found),
-                users=found.users,
-                measured_with=POPULARITY,
-                ndcg20_kept_percent=None,
-                top20_overlap_fraction=float(top_overlap(found.top_items, exact.top_items).mean()),
-                top20_overlap_against=self._book(self._model).exact_name(self.plan.seeds[0]),
-                engine_agreement_fraction=None,
-                engine_agreement_users=0,
-            )
+            accuracy: Accuracy | str = self._accuracy_of(found, POPULARITY)
         except Exception as error:
             accuracy = f"accuracy: {describe_error(error)}"
         return self._row(cell, self.plan.seeds[0], None, accuracy, 0)
+
+    def _accuracy_of(self, found: Evaluation, measured_with: str) -> Accuracy:
+        """What no engine of ours computed, beside the exact result."""
+        exact = self._book(self._model).evaluation(self.plan.exact_steps, self.plan.seeds[0])
+        return Accuracy(
+            metrics_percent=estimates(found),
+            users=found.users,
+            measured_with=measured_with,
+            ndcg20_kept_percent=None,
+            top20_overlap_fraction=float(top_overlap(found.top_items, exact.top_items).mean()),
+            top20_overlap_against=self._book(self._model).exact_name(self.plan.seeds[0]),
+            engine_agreement_fraction=None,
+            engine_agreement_users=0,
+            places_base64=pack_places(found.ranks),
+        )
 
     def _row(
         self,
@@ -172,6 +185,13 @@ class Sweep:
         measured = timing if isinstance(timing, TimingSummary) else None
         slow = measured is not None and measured.rounds < protocol.rounds
         run = subject.baseline if cell.model == BASELINE_MODEL and subject.baseline else subject.run
+        environment, fingerprint = self._environment, run.fingerprint
+        precision = str(next(run.model.parameters()).dtype).removeprefix("torch.")
+        if cell.model == POPULARITY:
+            fingerprint = subject.dataset.fingerprint
+        elif guest := self._guests.get(cell.model):
+            fingerprint, precision = guest.fingerprint, guest.precision
+            environment = environment.model_copy(update={"versions": {**environment.versions, **guest.versions}})
         return TradeoffRecord(
             measured_at_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             model=cell.model,
@@ -180,7 +200,7 @@ class Sweep:
             exact_steps=self.plan.exact_steps,
             batch_size_users=cell.batch_size or None,
             seed=seed,
-            precision=str(next(run.model.parameters()).dtype).removeprefix("torch."),
+            precision=precision,
             split=subject.split,
             timing=measured,
             accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
@@ -201,9 +221,9 @@ class Sweep:
             dataset_fingerprint=subject.dataset.fingerprint,
             dataset_users=len(subject.examples.histories),
             dataset_items=subject.dataset.item_count,
-            model_fingerprint=run.fingerprint if cell.model != POPULARITY else subject.dataset.fingerprint,
+            model_fingerprint=fingerprint,
             run_fingerprint=subject.run.fingerprint,
-            environment=self._environment,
+            environment=environment,
             command=self.command,
         )
 

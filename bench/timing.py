@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ PERCENTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99)
 
 Call = Callable[[int], object]
 """What is measured: takes the number of the call (0, 1, ...), so that it can rotate its inputs."""
+
+Turn = Callable[[int, float], list[float]]
+"""Times calls one after the other, from a number on, for so many seconds; milliseconds, one of a call at least."""
 
 
 class Clock(Protocol):
@@ -123,21 +127,31 @@ def measure_interleaved(
 
     ``called_seconds``: what a call took that was already made; above the budget, it is the only warm-up.
     """
-    clock = clock or WallClock()
-    series = {name: Series() for name in calls}
+    turns: dict[str, Turn] = {name: partial(timed_turn, call, clock or WallClock()) for name, call in calls.items()}
+    return measure_turns(turns, protocol, progress, called_seconds)
+
+
+def measure_turns(
+    turns: Mapping[str, Turn],
+    protocol: TimingProtocol,
+    progress: Report | None = None,
+    called_seconds: Mapping[str, float] | None = None,
+) -> dict[str, Series]:
+    """`measure_interleaved` of what times its own calls, as another process does."""
+    series = {name: Series() for name in turns}
     expected: dict[str, float] = {}
-    for name, call in calls.items():
+    for name, turn in turns.items():
         already = (called_seconds or {}).get(name, 0.0)
         if already > protocol.seconds:
             expected[name] = already
             continue
-        first = _guarded(series[name], clock, call, 0)
+        first = _guarded(series[name], turn, 0, 0.0)
         # A slow call is warm after one; fast ones need a few, and the last is the estimate.
         for number in range(1, protocol.warmup_calls):
-            if first is not None and first < 1e3 * protocol.seconds:
-                first = _guarded(series[name], clock, call, number)
+            if first is not None and first[-1] < 1e3 * protocol.seconds:
+                first = _guarded(series[name], turn, number, 0.0)
         if first is not None:
-            expected[name] = first / 1e3
+            expected[name] = first[-1] / 1e3
     if not expected:
         return series
     rounds = round_count(protocol, max(expected.values()))
@@ -147,11 +161,23 @@ def measure_interleaved(
     started = time.perf_counter()
     for _ in range(rounds):
         for name in expected:
-            if series[name].error is None:
-                numbers[name] = _turn(series[name], clock, calls[name], numbers[name], turn_seconds)
+            samples = None if series[name].error else _guarded(series[name], turns[name], numbers[name], turn_seconds)
+            if samples is not None:
+                series[name].rounds_ms.append(samples)
+                numbers[name] += len(samples)
             if progress is not None:
                 progress(time.perf_counter() - started, total)
     return series
+
+
+def timed_turn(call: Call, clock: Clock, number: int, seconds: float) -> list[float]:
+    """Time a call at least once, from ``number`` on, and as often as fits the seconds; milliseconds."""
+    turn: list[float] = []
+    spent_ms = 0.0
+    while not turn or (spent_ms + turn[-1] < 1e3 * seconds and len(turn) < MOST_CALLS_A_TURN):
+        turn.append(clock.time_ms(call, number + len(turn)))
+        spent_ms += turn[-1]
+    return turn
 
 
 def round_count(protocol: TimingProtocol, slowest_seconds: float) -> int:
@@ -198,23 +224,9 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _turn(series: Series, clock: Clock, call: Call, number: int, seconds: float) -> int:
-    turn: list[float] = []
-    spent_ms = 0.0
-    while not turn or (spent_ms + turn[-1] < 1e3 * seconds and len(turn) < MOST_CALLS_A_TURN):
-        sample = _guarded(series, clock, call, number)
-        if sample is None:
-            return number
-        turn.append(sample)
-        spent_ms += sample
-        number += 1
-    series.rounds_ms.append(turn)
-    return number
-
-
-def _guarded(series: Series, clock: Clock, call: Call, number: int) -> float | None:
+def _guarded(series: Series, turn: Turn, number: int, seconds: float) -> list[float] | None:
     try:
-        return clock.time_ms(call, number)
+        return turn(number, seconds)
     except Exception as error:
         series.error = describe_error(error)
         return None

@@ -266,6 +266,31 @@ def _precisions(context: Context) -> list[str]:
     return ["float32", "bf16", "int8 table", "int8", "int8 bf16", "int8 dynamic"]
 
 
+def _has_recbole(context: Context) -> str | None:
+    from bench.rivals import PYTHON_VARIABLE
+    from bench.rivals.recbole_sasrec import interpreter
+
+    needs = f"needs RecBole: pip install 'adrec[recbole]', or name a python that has it in {PYTHON_VARIABLE}"
+    return _on_a_cpu(context) or (None if interpreter() else needs)
+
+
+def _rivals(context: Context) -> list[Unit]:
+    from bench.rivals.recbole_sasrec import interpreter
+    from bench.rivals.sweep import recbole_sweep
+
+    sizes, epochs = ((1, 16), 1) if context.smoke else ((1, 32, 512), None)
+
+    def measure(report: Report) -> Iterable[BaseModel]:
+        progress = _StageReport()
+        progress.report = report
+        settings = (context.subject, interpreter() or "", sizes, context.protocol, context.command, progress, epochs)
+        with recbole_sweep(*settings) as sweep:
+            yield from sweep.rows()
+
+    # One unit: RecBole's model is trained anew in each.
+    return [Unit("rivals/recbole", 20.0 if context.smoke else 1800.0, measure)]
+
+
 SUITES: tuple[Suite, ...] = (
     Suite("kernels", "each Triton kernel against its eager twin, torch.compile and a copy", _kernels, _needs_gpu),
     Suite("engines", "engines and precisions on a random model: catalogue x batch x steps", _engines),
@@ -274,4 +299,5 @@ SUITES: tuple[Suite, ...] = (
     Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training),
     Suite("scaling", "growth with catalogue, history and batch: points and fitted exponent", _scaling),
     Suite("compress", "compressed models beside their run, reference and SASRec+", _compress, _on_a_cpu),
+    Suite("rivals", "RecBole's SASRec, trained on the run's data, beside the run", _rivals, _has_recbole),
 )
