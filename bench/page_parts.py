@@ -9,7 +9,7 @@ from bench.chart import Chart
 from bench.environment import Environment
 from bench.html_tables import Cell, Head, TableRow, anchor_link, heading, scroll_box, sortable_table
 from bench.recommendation import budget_table, counted, recommendation
-from bench.record import BASELINE_MODEL, TradeoffRecord
+from bench.record import TradeoffRecord
 from bench.tables import Column, accuracy_columns, accuracy_rows, main_columns
 
 SHORT = 12
@@ -145,9 +145,8 @@ def _box(name: str, value: str) -> str:
 
 def _facets(record: TradeoffRecord) -> dict[str, str]:
     """What the filters know a row by; empty where a row stays whatever they say."""
-    stays = record.steps is None
     return {
-        "engine": "" if stays or record.model == BASELINE_MODEL else record.engine or "",
+        "engine": record.engine or "",
         "precision": "" if record.engine is None else record.precision,
         "batch": "" if record.batch_size_users is None else str(record.batch_size_users),
     }

@@ -26,26 +26,27 @@ class Series:
         return counted(timing.calls if timing else 0, "call")
 
     def line(self, **parts: Any) -> Line:
-        first = self.rows[0]
-        # The baseline stands for itself, whichever engine computed it.
-        engine = "" if first.model == BASELINE_MODEL else first.engine or ""
+        first, engine = self.rows[0], self.rows[0].engine or ""
         return Line(self.name, style=self.style, hollow=self.hollow, engine=engine, precision=first.precision, **parts)
 
 
 def series_of(rows: Sequence[TradeoffRecord]) -> list[Series]:
     keys = sorted({(each.engine or "", each.precision) for each in rows if each.steps is not None}, reverse=True)
-    engines = [engine for engine, _ in keys]
+    named = [engine for engine, _ in keys]
     found = []
     for index, (engine, precision) in enumerate(keys):
         members = [
             each for each in rows if each.steps is not None and (each.engine, each.precision) == (engine, precision)
         ]
-        name = engine if engines.count(engine) == 1 else f"{engine}, {precision}"
+        name = engine if named.count(engine) == 1 else f"{engine}, {precision}"
         members.sort(key=lambda each: each.steps or 0)
         found.append(Series(name, index % BASELINE_STYLE, index // BASELINE_STYLE % 2 == 1, members))
     baseline = [each for each in rows if each.model == BASELINE_MODEL]
-    if baseline:
-        found.append(Series(BASELINE_MODEL, BASELINE_STYLE, False, baseline))
+    engines = list(dict.fromkeys(each.engine for each in baseline))
+    for index, engine in enumerate(engines):
+        name = BASELINE_MODEL if len(engines) == 1 else f"{BASELINE_MODEL} in {engine}"
+        members = [each for each in baseline if each.engine == engine]
+        found.append(Series(name, BASELINE_STYLE, index % 2 == 1, members))
     return found
 
 

@@ -13,7 +13,9 @@ from adrec.comparison import Split
 from adrec.data.dataset import Dataset, Examples
 from adrec.data.jagged import Jagged
 from adrec.data.of_run import open_data
+from adrec.engines import ENGINES
 from adrec.errors import ConfigError, DataError
+from bench.compression.networks import FLOAT, stored_precision
 
 MOST_BATCHES = 256
 MOST_BATCH_USERS = 4096
@@ -49,6 +51,12 @@ def load_subject(run_path: Path, data: Path | None, split: Split, users: int | N
         examples = sample_examples(examples, users)
         notices.append(f"accuracy is measured on a fixed random sample of {users} of {total} users")
     return Subject(run, run.baseline(), dataset, examples, split, notices)
+
+
+def served_precision(run: Run, engine: str) -> str:
+    """Name of what an engine computes a run with: its dtype, or what the run stores where that is fewer bits."""
+    dtype = str(ENGINES[engine].dtype).removeprefix("torch.")
+    return dtype if dtype != FLOAT else stored_precision(run)
 
 
 def sample_examples(examples: Examples, users: int, seed: int = 0) -> Examples:

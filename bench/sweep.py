@@ -15,6 +15,7 @@ from adrec.evaluation import Evaluation, popularity_evaluation, top_overlap
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook, estimates
 from bench.cells import Cell, GroupTimer
+from bench.compression.networks import FLOAT
 from bench.environment import Environment, read_environment
 from bench.guest import Guest
 from bench.places import pack_places
@@ -30,7 +31,7 @@ from bench.record import (
     TimingSummary,
     TradeoffRecord,
 )
-from bench.subject import Subject, draw_batches
+from bench.subject import Subject, draw_batches, served_precision
 from bench.timing import Clock, TimingProtocol, clock_for, describe_error
 
 ACCURACY_STAGE = "accuracy"
@@ -62,9 +63,8 @@ class Sweep:
         self._engines: dict[tuple[str, str], Engine | str] = {}
         for name in dict.fromkeys((*self.plan.engines, self.plan.accuracy_engine)):
             self._engines[self._model, name] = self._make(name, self.subject.run.model)
-        if self.subject.baseline is not None:
-            name = self.plan.accuracy_engine
-            self._engines[BASELINE_MODEL, name] = self._make(name, self.subject.baseline.model)
+            if self.subject.baseline is not None:
+                self._engines[BASELINE_MODEL, name] = self._make(name, self.subject.baseline.model)
 
     def rows(self) -> Iterator[TradeoffRecord]:
         """Measure accuracy, then one group of cells a batch size; yield each row when it is complete."""
@@ -98,7 +98,7 @@ class Sweep:
     def _cells(self, size: int) -> list[Cell]:
         cells = [Cell(self._model, engine, steps, size) for engine in self.plan.engines for steps in self.plan.steps]
         if self.subject.baseline is not None:
-            cells.append(Cell(BASELINE_MODEL, self.plan.accuracy_engine, None, size))
+            cells += [Cell(BASELINE_MODEL, engine, None, size) for engine in self.plan.engines]
         return cells + [Cell(guest.model, guest.engine, None, size) for guest in self.guests]
 
     def _accuracies(self) -> dict[AccuracyKey, Accuracy | str]:
@@ -185,11 +185,12 @@ class Sweep:
         measured = timing if isinstance(timing, TimingSummary) else None
         slow = measured is not None and measured.rounds < protocol.rounds
         run = subject.baseline if cell.model == BASELINE_MODEL and subject.baseline else subject.run
-        environment, fingerprint = self._environment, run.fingerprint
-        precision = str(next(run.model.parameters()).dtype).removeprefix("torch.")
+        environment = self._environment
         if cell.model == POPULARITY:
-            fingerprint = subject.dataset.fingerprint
-        elif guest := self._guests.get(cell.model):
+            fingerprint, precision = subject.dataset.fingerprint, FLOAT
+        elif (guest := self._guests.get(cell.model)) is None:
+            fingerprint, precision = run.fingerprint, served_precision(run, cell.engine)
+        else:
             fingerprint, precision = guest.fingerprint, guest.precision
             environment = environment.model_copy(update={"versions": {**environment.versions, **guest.versions}})
         return TradeoffRecord(

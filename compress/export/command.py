@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -238,8 +237,8 @@ def verify(
     """
     from adrec.checkpoint import load_run
     from adrec.engines.exported import load_manifest
+    from adrec.environment import printable_command, read_environment, utc_now
     from adrec.files import check_output, write_text
-    from adrec.versions import installed_versions
     from compress.export.manifest import stored_formats
     from compress.export.replay import check_replay, save_for_replay
     from compress.export.verify import run_of, verify_export
@@ -270,12 +269,13 @@ def verify(
         )
     if output is not None:
         content = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": printable_command(sys.argv),
+            "measured_at_utc": utc_now(),
+            "environment": read_environment().model_dump(mode="json"),
             "model_fingerprint": held.fingerprint,
             "dataset": held.info.dataset_name,
             "dataset_fingerprint": held.dataset_fingerprint,
             "split": split,
-            "versions": installed_versions(),
             "pairs": [pair.model_dump(mode="json") for pair in pairs],
         }
         write_text(output, json.dumps(content, indent=2) + "\n")

@@ -63,7 +63,7 @@ def tiny_protocol() -> TimingProtocol:
 
 @pytest.fixture(scope="session")
 def tiny_records(tiny_run: Path, tiny_protocol: TimingProtocol) -> list[TradeoffRecord]:
-    """Records of the tiny run: 2 engines x 2 step counts x 2 batch sizes, the baseline, popularity."""
+    """Records of the tiny run: 2 engines x 2 step counts x 2 batch sizes, the baseline in both engines, popularity."""
     result = run_tradeoff(
         tiny_run,
         steps=[1, STEPS],

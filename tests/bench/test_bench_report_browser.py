@@ -114,11 +114,11 @@ def test_filters_hold_for_charts_and_table(tab: Tab, report: Path, tiny_records:
     after = tab.run(TRACES)
     assert not any(trace.startswith("reference") for chart in after for trace in chart)
     assert any(trace.startswith("cached") for trace in after[0])
-    assert tab.run(f"{VISIBLE}.length") == everything - 4
-    assert tab.run("document.querySelector('.count').textContent") == f"{everything - 4} of {everything} rows"
+    assert tab.run(f"{VISIBLE}.length") == everything - 6
+    assert tab.run("document.querySelector('.count').textContent") == f"{everything - 6} of {everything} rows"
     click(tab, 'input[name="precision"][value="float16"]')
     assert not any("half" in trace for chart in tab.run(TRACES) for trace in chart)
-    assert tab.run(f"{VISIBLE}.length") == everything - 8
+    assert tab.run(f"{VISIBLE}.length") == everything - 10
     click(tab, 'input[name="every"]')
     assert tab.run(f"new Set({VISIBLE}.map((row) => row.dataset.batch)).size") == 2
     select = "document.querySelector('select[name=batch]')"
@@ -191,7 +191,7 @@ def test_csv_holds_what_is_shown(tab: Tab, report: Path, tiny_records: list[Trad
     text = tab.downloaded("rows-1.csv")
     assert text.endswith("\r\n")
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    assert len(rows) == len(tiny_records) + 4 - 4
+    assert len(rows) == len(tiny_records) + 4 - 6
     assert {row["engine"] for row in rows} == {"", "cached", 'half, "16"'}
     expected: dict[Any, TradeoffRecord] = {
         (each.engine, each.steps, each.batch_size_users): each for each in tiny_records if each.steps

@@ -35,7 +35,7 @@ class BreaksAtTwo(CachedEngine):
 def test_every_latency_row_carries_its_accuracy(tiny_records: list[TradeoffRecord]) -> None:
     cells = [(row.model, row.engine, row.steps, row.batch_size_users) for row in tiny_records]
     assert cells[0] == ("popularity", None, None, None)
-    assert len(cells) == len(set(cells)) == 1 + 2 * (2 * 2 + 1)
+    assert len(cells) == len(set(cells)) == 1 + 2 * (2 * 2 + 2)
     assert all(row.error is None and row.accuracy is not None for row in tiny_records)
     assert all(row.timing is not None for row in tiny_records[1:])
     assert tiny_records[0].timing is None
@@ -169,7 +169,7 @@ def test_command_line_measures_and_reports(tiny_run: Path, tmp_path: Path, monke
     assert done.exit_code == 0, done.output
     failed = _invoke("tradeoff", str(tiny_run), "--steps", "2,4", "--engines", "cached,breaks", "--append", *shared)
     assert failed.exit_code == 1
-    assert len(read_records(Path(out))) == 4 + 6
+    assert len(read_records(Path(out))) == 4 + 7
     report = _invoke("report", out, "--out", str(tmp_path / "page"))
     assert report.exit_code == 0, report.output
     assert (tmp_path / "page" / "report.html").is_file()
