@@ -164,6 +164,15 @@ def test_quantised_operators_are_those_of_their_runtime(plain: Exported) -> None
         assert operators[kind]["DequantizeLinear"] == 2 * operators[kind]["QuantizeLinear"] == 2 * 13
 
 
+def test_dynamic_weights_leave_room_for_sums_in_16_bits(plain: Exported) -> None:
+    graph = onnx.load(plain.folder / "request-int8-dynamic-s3.onnx").graph
+    weights = {node.input[1] for node in graph.node if node.op_type == "MatMulInteger"}
+    stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in weights]
+    assert len(stored) == len(weights) > 0
+    # A pair of products with an unsigned byte: 2 x 255 x 64 stays below 2^15, 2 x 255 x 127 does not.
+    assert max(int(np.abs(each.astype(np.int64)).max()) for each in stored) == 64
+
+
 def test_the_parts_equal_cached_with_the_table_as_an_input(split: Exported) -> None:
     histories = histories_of(LENGTHS)
     table = split.model.table.detach()
