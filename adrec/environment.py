@@ -18,6 +18,11 @@ from adrec.versions import installed_versions
 GIBIBYTE = 2**30
 
 
+INSTRUCTIONS = frozenset(
+    ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve", "sve2"]
+)
+
+
 class Frozen(BaseModel):
     """Base of every part of a record: unknown keys are refused and values never change."""
 
@@ -34,9 +39,14 @@ class Accelerator(Frozen):
 
 
 class Machine(Frozen):
-    """The hardware and operating system of a measurement; `None` where the system does not tell."""
+    """The hardware and operating system of a measurement; `None` where the system does not tell.
+
+    ``instructions``: what the processor has of those that decide how fast, and how exactly, products of small numbers
+    are (`None` in older records). A virtual machine may hide them, so that a name alone does not tell two apart.
+    """
 
     processor: str
+    instructions: str | None = None
     cores_physical: int | None
     cores_logical: int
     cores_usable: int
@@ -46,6 +56,11 @@ class Machine(Frozen):
     governor: str | None
     load_one_minute: float | None
     accelerators: list[Accelerator]
+
+    @property
+    def kind(self) -> str:
+        """The processor in words, with its instructions where they are known."""
+        return self.processor if self.instructions is None else f"{self.processor} ({self.instructions})"
 
 
 class Revision(Frozen):
@@ -91,6 +106,7 @@ def printable_command(arguments: Sequence[str], folder: Path | None = None) -> s
 def _machine() -> Machine:
     return Machine(
         processor=_processor(),
+        instructions=_instructions(),
         cores_physical=_physical_cores(),
         cores_logical=os.cpu_count() or 1,
         cores_usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -113,6 +129,11 @@ def _text(path: str) -> str | None:
 def _processor() -> str:
     found = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _instructions() -> str | None:
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
+    return None if found is None else " ".join(sorted(set(found.group(1).split()) & INSTRUCTIONS))
 
 
 def _physical_cores() -> int | None:

@@ -11,19 +11,20 @@ import numpy as np
 
 from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord, describe
-from bench.chart import BASELINE_STYLE, Chart, Line
+from bench.chart import Chart
 from bench.comparing.rows import Row, rows_in
 from bench.compression.record import CompressRecord
 from bench.compression.slower import slower_sentences
+from bench.growth_table import growth_table
 from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
+from bench.kind_charts import charts_of_kind
 from bench.markdown import escaped, markdown_table
 from bench.page_parts import facts_box, figure_place, machine_facts
 from bench.plotly_figures import plotly_figure
 from bench.profiling.page import HEADS, WORDS, charts_of, section_of, sentences, stage_cells, subtitle
 from bench.profiling.record import ProfileRecord
-from bench.recommendation import METRIC, counted
+from bench.recommendation import METRIC
 from bench.scaling.record import ScalingRecord
-from bench.serving.records import ServingRecord
 
 TITLES = {
     "kernel": "Kernels",
@@ -52,7 +53,7 @@ def sections_of(records: Iterable[AnyRecord], first: int) -> list[Section]:
     for record in records:
         # Profiles are not rows of one table.
         alone = (record.measured_at_utc, record.command) if isinstance(record, ProfileRecord) else ()
-        groups.setdefault((record.kind, record.environment.machine.processor, *alone), []).append(record)
+        groups.setdefault((record.kind, record.environment.machine.kind, *alone), []).append(record)
     return [_section(group, first + place) for place, group in enumerate(groups.values())]
 
 
@@ -71,22 +72,25 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
     heads, rows = _table([row for record in records for row in rows_in(record)])
     machine = first.environment
     slower = slower_sentences([record for record in records if isinstance(record, CompressRecord)])
+    growing = [record for record in records if isinstance(record, ScalingRecord)]
+    fits = [("Fitted growth", f"fits-{index + 1}.csv", *growth_table(growing))] if growing else []
+    tables = [*fits, (title, f"{first.kind}-{index + 1}.csv", heads, rows)]
     places = "".join(figure_place(index, place, chart) for place, chart in enumerate(charts))
     parts = [
         "<section>",
         heading(2, anchor, title),
         f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in slower)}</div>' if slower else "",
         f'<div class="charts">{places}</div>' if charts else "",
-        sortable_table(f"{first.kind}-{index + 1}.csv", title, heads, rows),
+        *(sortable_table(name, label, heads, rows) for label, name, heads, rows in tables),
         heading(3, f"{anchor}-machine", "Machine"),
         facts_box(machine_facts(machine, machine.machine.threads)),
         "</section>",
     ]
-    table = markdown_table(heads, [[cell.text for cell in row.cells] for row in rows])
+    texts = [markdown_table(heads, [[cell.text for cell in row.cells] for row in rows]) for *_, heads, rows in tables]
     return Section(
         "\n".join(filter(None, parts)),
         {"all": [plotly_figure(chart) for chart in charts]},
-        "\n\n".join(filter(None, [f"## {title}", "\n".join(f"- {escaped(each)}" for each in slower), table])),
+        "\n\n".join(filter(None, [f"## {title}", "\n".join(f"- {escaped(each)}" for each in slower), *texts])),
         title,
         charts,
     )
@@ -97,74 +101,6 @@ def _calibration(record: CalibrationRecord, index: int) -> Section:
     body = "".join(f"<p>{html.escape(each)}</p>" for each in said)
     text = f'<section>{heading(2, f"study-{index + 1}", "Calibration")}<div class="advice">{body}</div></section>'
     return Section(text, {"all": []}, "## Calibration\n\n" + "\n".join(f"- {escaped(each)}" for each in said), "")
-
-
-def charts_of_kind(records: Sequence[AnyRecord]) -> list[Chart]:
-    """Time along each axis of growth, and percentiles of serving scenarios; none for other kinds."""
-    growing = [record for record in records if isinstance(record, ScalingRecord)]
-    charts = [
-        _growth(axis, [each for each in growing if each.axis == axis])
-        for axis in dict.fromkeys(each.axis for each in growing)
-    ]
-    served = [record for record in records if isinstance(record, ServingRecord)]
-    return [*charts, _served(served)] if served else charts
-
-
-def _growth(axis: str, records: Sequence[ScalingRecord]) -> Chart:
-    lines = []
-    for number, record in enumerate(records):
-        points = [(point.value, point.timing) for point in record.points if point.timing]
-        exponent = f", grows as {axis}^{record.exponent.value:.2f}" if record.exponent else ""
-        lines.append(
-            Line(
-                f"{record.path}{exponent}",
-                [float(value) for value, _ in points],
-                [timing.latency_us_p50 / 1e3 for _, timing in points],
-                number % BASELINE_STYLE,
-                hollow=number // BASELINE_STYLE % 2 == 1,
-            )
-        )
-    return Chart(
-        key=f"growth-{axis}",
-        title=f"Time against {axis}",
-        note="Medians; both axes are logarithmic, so that a power law is a straight line.",
-        x_title=axis,
-        y_title="median latency (ms)",
-        lines=[line for line in lines if line.x],
-        y_log=True,
-        empty="No point of this axis has a latency; the table names the errors.",
-    )
-
-
-def _served(records: Sequence[ServingRecord]) -> Chart:
-    ticks = (50.0, 90.0, 95.0, 99.0)
-    places = [100.0 / (100.0 - percentile) for percentile in ticks]
-    lines = []
-    for number, record in enumerate(each for each in records if each.summary):
-        summary = record.summary
-        assert summary is not None
-        steps = "" if record.steps is None else f", {counted(record.steps, 'step')}"
-        lines.append(
-            Line(
-                f"{record.scenario}, {record.engine}{steps}",
-                places,
-                [summary.latency_ms_p50, summary.latency_ms_p90, summary.latency_ms_p95, summary.latency_ms_p99],
-                number % BASELINE_STYLE,
-                hollow=number // BASELINE_STYLE % 2 == 1,
-            )
-        )
-    return Chart(
-        key="percentiles",
-        title="Percentiles of latency",
-        note="Of single users, from arrival to result.",
-        x_title="percentile of queries",
-        y_title="latency (ms)",
-        lines=lines,
-        y_log=True,
-        x_ticks=places,
-        x_names=[f"{percentile:g}" for percentile in ticks],
-        empty="No scenario was measured to its end; the table names the errors.",
-    )
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[Head], list[TableRow]]:

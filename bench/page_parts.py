@@ -80,7 +80,7 @@ def machine_facts(environment: Environment, threads: int) -> list[tuple[str, str
     accelerators = [f"{each.name}, {each.memory_gib} GiB, driver {each.driver}" for each in machine.accelerators]
     load = machine.load_one_minute
     return [
-        ("Processor", machine.processor),
+        ("Processor", machine.kind),
         ("Cores", cores),
         ("Memory", "unknown" if machine.memory_gib is None else f"{machine.memory_gib} GiB"),
         ("System", machine.system),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from bench.pareto import Point, best_under, fastest_keeping, knee, pareto_front
@@ -30,7 +31,7 @@ def recommendation(records: Sequence[TradeoffRecord], margin_percent: float = MA
         if (sentence := _choice(rows_of_batch(records, size), size, margin_percent)) is not None
     ]
     if not sentences:
-        return ["No row has both a latency and an accuracy, so there is nothing to choose from."]
+        return [_nothing_chosen(records, margin_percent)]
     rule = (
         f"Rule: the fastest setting whose {METRIC} is at least {100 - margin_percent:g} % of that "
         "of the exact step count, by the lower end of the 95 % interval."
@@ -68,6 +69,23 @@ def points_of(records: Sequence[TradeoffRecord]) -> list[Point]:
     return points
 
 
+def _nothing_chosen(records: Sequence[TradeoffRecord], margin_percent: float) -> str:
+    complete = [rows for size in batch_sizes(records) if (rows := rows_of_batch(records, size))]
+    if not complete:
+        return "No row has both a latency and an accuracy, so there is nothing to choose from."
+    if not any(knows_kept(points_of(rows)) for rows in complete):
+        return (
+            f"No row says what it keeps of the exact step count's {METRIC}, which is 0 or was not measured: nothing is"
+            " chosen."
+        )
+    return f"No setting surely keeps {100 - margin_percent:g} % of the exact step count's {METRIC}: nothing is chosen."
+
+
+def knows_kept(points: Sequence[Point]) -> bool:
+    """Whether a point knows what it keeps of the exact accuracy; where none does, accuracies tell nothing apart."""
+    return any(point.kept_low_percent is not None for point in points)
+
+
 def setting(record: TradeoffRecord) -> str:
     """Name a row's setting without its batch size and seed."""
     if record.steps is None:
@@ -83,7 +101,7 @@ def budget_table(records: Sequence[TradeoffRecord]) -> list[tuple[int, str, str,
     table = []
     for size in batch_sizes(records):
         points = points_of(rows_of_batch(records, size))
-        bend = knee(points)
+        bend = knee(points) if knows_kept(points) else None
         best: list[tuple[float, str]] = []
         for budget in BUDGETS_MS:
             found = best_under(points, budget)
@@ -173,11 +191,14 @@ def _baselines(records: Sequence[TradeoffRecord]) -> list[str]:
         return []
     ours = exact.accuracy.metrics_percent[METRIC]
     sentences = []
-    seen = set()
-    for record in records:
-        if record.steps is not None or record.accuracy is None or record.model in seen:
+    others = [each for each in records if each.steps is None and each.accuracy]
+    for model in dict.fromkeys(each.model for each in others):
+        rows = [each for each in others if each.model == model]
+        rows = [each for each in rows if each.batch_size_users == rows[0].batch_size_users]
+        # Of several engines the fastest.
+        record = min(rows, key=lambda each: each.timing.latency_ms_p50 if each.timing else math.inf)
+        if record.accuracy is None:
             continue
-        seen.add(record.model)
         theirs = record.accuracy.metrics_percent[METRIC]
         if theirs.low > ours.high:
             verdict = f"clearly more accurate than {exact.model} here"
@@ -186,7 +207,9 @@ def _baselines(records: Sequence[TradeoffRecord]) -> list[str]:
         else:
             verdict = f"not clearly different from {exact.model} here: the intervals overlap"
         timing = record.timing
-        speed = f", {timing.latency_ms_p50:.3g} ms at batch {record.batch_size_users}" if timing else ""
+        speed = (
+            f", {timing.latency_ms_p50:.3g} ms at batch {record.batch_size_users} in {record.engine}" if timing else ""
+        )
         sentences.append(
             f"{record.model} reaches {METRIC} {interval(theirs)} %{speed}; {exact.model} at "
             f"{counted(exact.exact_steps, 'step')} {interval(ours)} %: {record.model} is {verdict}."

@@ -152,7 +152,7 @@ class TradeoffRecord(Frozen):
             self.run_fingerprint,
             self.dataset_fingerprint,
             self.split,
-            self.environment.machine.processor,
+            self.environment.machine.kind,
             self.protocol.device,
             self.protocol.threads,
         )

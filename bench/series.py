@@ -42,10 +42,10 @@ def series_of(rows: Sequence[TradeoffRecord]) -> list[Series]:
         members.sort(key=lambda each: each.steps or 0)
         found.append(Series(name, index % BASELINE_STYLE, index // BASELINE_STYLE % 2 == 1, members))
     baseline = [each for each in rows if each.model == BASELINE_MODEL]
-    engines = list(dict.fromkeys(each.engine for each in baseline))
+    engines = list(dict.fromkeys(each.engine or "" for each in baseline))
     for index, engine in enumerate(engines):
         name = BASELINE_MODEL if len(engines) == 1 else f"{BASELINE_MODEL} in {engine}"
-        members = [each for each in baseline if each.engine == engine]
+        members = [each for each in baseline if (each.engine or "") == engine]
         found.append(Series(name, BASELINE_STYLE, index % 2 == 1, members))
     return found
 

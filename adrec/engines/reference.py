@@ -37,14 +37,18 @@ class ReferenceEngine(Engine):
     features = frozenset[PlanFeature]({"sampler dpm++2m", "start zero"})
 
     def encode(self, histories: Jagged) -> PaddedState:
+        padded = histories.to(self.device).padded(self.model.config.max_length)
+        return PaddedState(padded, self.condition(padded))
+
+    def condition(self, padded: Tensor) -> Tensor:
+        """Every position of left-padded ids `[B, L]` through the encoder, `[B, L, D]`."""
         model = self.model
-        padded = histories.to(self.device).padded(model.config.max_length)
         rows = model.item_embedding(padded)
         real = padded != 0
         if model.position_embedding is not None:
             carries = real[..., None] | (model.config.positions == "released")
             rows = rows + model.position_embedding.weight * carries
-        return PaddedState(padded, self._transformer(model.encoder, model.history_norm(rows), real))
+        return self._transformer(model.encoder, model.history_norm(rows), real)
 
     def sample(self, state: PaddedState, table: DiffusionTable | None, noise: PhiloxNoise | ExplicitNoise) -> Tensor:
         model = self.model
@@ -57,21 +61,24 @@ class ReferenceEngine(Engine):
         return reverse_process(denoise, table, noise, geodesic=model.config.geodesic)
 
     def _denoiser(self, model: ADRec, state: PaddedState, condition: Tensor, table: DiffusionTable) -> Denoiser:
-        real = state.padded != 0
         # History positions hold their clean targets, the next items; the last column is overwritten by x_t.
-        targets = torch.where(real, state.padded.roll(-1, 1), 0)
-        clean = model.clean_target(targets)
+        clean = model.clean_target(torch.where(state.padded != 0, state.padded.roll(-1, 1), 0))
+        return lambda x_t, row: self.step(state.padded, condition, clean, x_t, table.time[row])
 
-        def denoise(x_t: Tensor, row: int) -> Tensor:
-            steps = torch.zeros_like(targets)
-            steps[:, -1] = table.time[row]
-            x = torch.cat([clean[:, :-1], x_t[:, None]], 1)
-            mixed = condition + model.config.lambda_uncertainty * (x + model.time_embedding(steps))
-            if isinstance(model.denoiser, MLPDenoiser):
-                return model.denoiser(mixed)[:, -1]
-            return self._transformer(model.denoiser, mixed, real)[:, -1]
+    def step(self, padded: Tensor, condition: Tensor, clean: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
+        """Every position through the denoiser; returns that of the last one, ``x0_hat`` `[B, D]`.
 
-        return denoise
+        padded: `[B, L]`. condition, clean: `[B, L, D]`. x_t: `[B, D]`. time: `[]` int64, the trained step.
+        """
+        model = self.model
+        assert isinstance(model, ADRec)
+        steps = torch.zeros_like(padded)
+        steps[:, -1] = time
+        x = torch.cat([clean[:, :-1], x_t[:, None]], 1)
+        mixed = condition + model.config.lambda_uncertainty * (x + model.time_embedding(steps))
+        if isinstance(model.denoiser, MLPDenoiser):
+            return model.denoiser(mixed)[:, -1]
+        return self._transformer(model.denoiser, mixed, padded != 0)[:, -1]
 
     def _transformer(self, transformer: CausalTransformer, rows: Tensor, real: Tensor) -> Tensor:
         length = rows.shape[1]

@@ -229,6 +229,7 @@ def machine_of(environment: Environment, device: str, threads: int, clock: str) 
     machine = environment.machine
     return {
         "processor": machine.processor,
+        "instructions": machine.instructions,
         "physical cores": machine.cores_physical,
         "logical cores": machine.cores_logical,
         "usable cores": machine.cores_usable,

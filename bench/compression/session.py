@@ -91,7 +91,7 @@ class SearchSession:
             "settings": self.run.settings.model_dump(mode="json"),
             "data": self.run.dataset_fingerprint,
             "seed": self.seed,
-            "processor": environment.machine.processor,
+            "processor": environment.machine.kind,
             "threads": torch.get_num_threads(),
             "seconds": self.protocol.seconds,
         }

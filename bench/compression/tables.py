@@ -68,7 +68,7 @@ def markdown_table(records: Sequence[CompressRecord]) -> str:
     first = records[0]
     protocol, machine = first.protocol, first.environment.machine
     about = (
-        f"{first.dataset_name}, {first.split} split; {machine.processor}, {protocol.threads} threads, one-minute load"
+        f"{first.dataset_name}, {first.split} split; {machine.kind}, {protocol.threads} threads, one-minute load"
         f" {machine.load_one_minute}; all rows of a batch size interleaved in one process, {protocol.rounds_minimum} or"
         " more rounds; intervals are 95 % bootstraps over users (accuracy) and rounds (ratios)."
     )

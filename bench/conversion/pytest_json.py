@@ -2,7 +2,8 @@
 
 Every benchmark carries its record in ``extra_info.adrec_record``, without the machine where that is the file's own;
 ``stats`` are over the record's round medians. The suites of `bench/suites` leave the record's timing out, which is then
-read from ``stats.data``. Records without a time have no place among benchmarks and lie in ``adrec_untimed``. So do
+read from ``stats.data``, and name their benchmarks as `identity` does, so that a file of either is a baseline for the
+other. Records without a time have no place among benchmarks and lie in ``adrec_untimed``. So do
 those of several rows (an axis, batch sizes), each of which is a benchmark that names its record's ``adrec_position``.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from adrec.data.json_text import parse_json
 from adrec.errors import DataError
@@ -129,11 +130,39 @@ def _not_json(text: str, reason: str) -> str:
     return f"{reason}; it is damaged or cut short: write it again"
 
 
-def record_without_timing(record: BaseModel) -> dict[str, Any]:
-    """What a suite puts into ``extra_info``: a record whose machine and timing the file itself holds."""
+def describe_benchmark(benchmark: Any, record: AnyRecord) -> None:
+    """Give a fixture of pytest-benchmark the identity of a record, whose machine and timing the file itself holds."""
+    (row,) = rows_in(record)
     content = record.model_dump(mode="json")
     del content["environment"]
-    return {RECORD: content}
+    for name, value in identity(record.kind, row).items():
+        setattr(benchmark, name, value)
+    benchmark.extra_info = {**benchmark.extra_info, RECORD: content}
+
+
+def identity(kind: str, row: Row) -> dict[str, Any]:
+    """What pytest-benchmark knows a row by: group, name, ``fullname`` (which it compares by), params and extra_info."""
+    parts, name = dict(row.key), label(row.key)
+    group = ", ".join(
+        f"{part} {parts[part]}" for part in ("scenario", "kernel", "items", "steps", "batch", "data") if part in parts
+    )
+    extra: dict[str, Any] = {**parts, "threads": row.threads, "device": row.device}
+    if row.accuracy is not None:
+        extra["accuracy"] = {name: metric.value for name, metric in row.accuracy.metrics_percent.items()}
+        extra["accuracy_users"] = row.accuracy.users
+        extra["accuracy_measured_with"] = row.accuracy.measured_with
+        extra["top20_overlap"] = row.accuracy.top20_overlap_fraction
+        extra["engine_agreement"] = row.accuracy.engine_agreement_fraction
+    if row.weights:
+        extra["model_fingerprint"] = row.weights
+    return {
+        "group": f"{kind}: {group}" if group else kind,
+        "name": name,
+        "fullname": f"adrec/{kind}::{name}",
+        "params": parts,
+        "param": name,
+        "extra_info": extra,
+    }
 
 
 def pytest_text(records: Sequence[AnyRecord]) -> str:
@@ -142,26 +171,9 @@ def pytest_text(records: Sequence[AnyRecord]) -> str:
 
 
 def _benchmark(record: AnyRecord, row: Row, holder: dict[str, Any]) -> dict[str, Any]:
-    kind = record.kind
-    parts = dict(row.key)
-    group = ", ".join(
-        f"{name} {parts[name]}" for name in ("scenario", "kernel", "items", "batch", "data") if name in parts
-    )
-    extra: dict[str, Any] = dict(row.key)
-    if row.accuracy is not None:
-        extra["accuracy"] = {name: metric.value for name, metric in row.accuracy.metrics_percent.items()}
-    if row.weights:
-        extra["model_fingerprint"] = row.weights
-    return {
-        "group": f"{kind}: {group}" if group else kind,
-        "name": label(row.key),
-        "fullname": f"adrec/{kind}::{label(row.key)}",
-        "params": parts,
-        "param": label(row.key),
-        "extra_info": extra | holder,
-        "options": OPTIONS,
-        "stats": statistics_of([each / 1e3 for each in row.rounds_ms]),
-    }
+    found = identity(record.kind, row)
+    found["extra_info"] |= holder
+    return {**found, "options": OPTIONS, "stats": statistics_of([each / 1e3 for each in row.rounds_ms])}
 
 
 def _timing(record: Mapping[str, Any], stats: object, where: str) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Engines against each other on a random model of the paper's size: catalogue x batch x steps x path."""
+"""Engines against each other, and SASRec+ in them, on random models of the paper's size.
+
+A row is a catalogue x batch x steps x path. The models learned nothing and have no accuracy: what stands beside a time
+is the overlap with the exact engine's lists.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adrec.config import ModelConfig
+from adrec.config import ModelConfig, TrainConfig
 from adrec.data.jagged import Jagged
 from adrec.engines import ENGINES, Engine
 from adrec.evaluation import top_overlap
 from adrec.models import build_model
 from adrec.models.base import WEIGHT_STD, SequenceModel
-from bench.kernels.engine_paths import COMPILED, GRAPH, Request, path_call, path_engine
-from bench.kernels.measure import Timer, now_utc
+from bench.kernels.engine_paths import BASELINE, GRAPH, Request, engine_name, path_calls, path_engine
+from bench.kernels.measure import INPUTS, Timer, now_utc
 from bench.kernels.records import EngineRecord, PathTiming
 from bench.kernels.selection import dtype_name
 from bench.timing import describe_error
@@ -47,7 +51,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class EngineSweep:
-    """Measures engines; one model a catalogue size, one batch a batch size, noise of seed 0."""
+    """Measures engines; models a catalogue size, `INPUTS` batches in turn a batch size, noise of seed 0."""
 
     timer: Timer
     axes: Axes
@@ -61,10 +65,11 @@ class EngineSweep:
         for items in axes.items:
             engines = self._engines(items)
             for batch in axes.batch_sizes:
-                histories = random_histories(batch, items)
+                batches = [random_histories(batch, items, variant) for variant in range(INPUTS)]
                 for steps in axes.steps:
                     cell_report = partial(report, _stage(items, batch, steps))
-                    yield from self._cell(engines, Request(histories, steps, min(RESULTS, items)), items, cell_report)
+                    requests = [Request(histories, steps, min(RESULTS, items)) for histories in batches]
+                    yield from self._cell(engines, requests, items, cell_report)
             del engines
             if self.timer.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -75,6 +80,7 @@ class EngineSweep:
         try:
             check_memory(items, axes.width, axes.paths, device)
             model = random_model(items, axes.width, max(axes.steps), device)
+            baseline = random_baseline(model) if any(path.startswith(BASELINE) for path in axes.paths) else model
         except Exception as error:
             return dict.fromkeys(axes.paths, describe_error(error))
         made: dict[str, Engine | str] = {}
@@ -82,17 +88,21 @@ class EngineSweep:
             name = path.removesuffix(GRAPH)
             if name not in made:
                 try:
-                    made[name] = path_engine(path, model)
+                    made[name] = path_engine(path, baseline if path.startswith(BASELINE) else model)
                 except Exception as error:
                     made[name] = describe_error(error)
         return {path: made[path.removesuffix(GRAPH)] for path in axes.paths}
 
     def _cell(
-        self, engines: dict[str, Engine | str], request: Request, items: int, report: Callable[[float, float], None]
+        self,
+        engines: dict[str, Engine | str],
+        requests: Sequence[Request],
+        items: int,
+        report: Callable[[float, float], None],
     ) -> Iterator[EngineRecord]:
         # Otherwise shapes of earlier cells would count as recompilations, and the ninth would run uncompiled.
         torch.compiler.reset()
-        calls: dict[str, Callable[[], object]] = {}
+        calls: dict[str, Sequence[Callable[[], object]]] = {}
         noises: dict[str, str] = {}
         errors: dict[str, PathTiming | str] = {}
         for path, engine in engines.items():
@@ -100,14 +110,15 @@ class EngineSweep:
                 errors[path] = engine
                 continue
             try:
-                calls[path], noises[path] = path_call(path, engine, request)
+                # SASRec+ has no reverse steps.
+                own = [replace(each, steps=None) for each in requests] if path.startswith(BASELINE) else requests
+                calls[path], noises[path] = path_calls(path, engine, own)
             except Exception as error:
                 errors[path] = describe_error(error)
         timings, results = self.timer.measure(calls, self.axes.paths[0], report)
-        reference = next((path for path in ("reference", "cached", *calls) if path in results), None)
         for path in engines:
             timing = errors.get(path, timings.get(path, "not measured"))
-            yield self._row(path, request, items, timing, noises.get(path, ""), results, reference)
+            yield self._row(path, requests[0], items, timing, noises.get(path, ""), results)
 
     def _row(
         self,
@@ -117,18 +128,21 @@ class EngineSweep:
         timing: PathTiming | str,
         noise: str,
         results: dict[str, object],
-        reference: str | None,
     ) -> EngineRecord:
         timer, axes = self.timer, self.axes
         measured = timing if isinstance(timing, PathTiming) else None
+        baseline = path.startswith(BASELINE)
+        prefix = BASELINE if baseline else ""
+        able = [each for each in results if each.startswith(BASELINE) == baseline]
+        reference = next((each for each in (f"{prefix}reference", f"{prefix}cached", *able) if each in results), None)
         found, expected = results.get(path), results.get(reference or "")
         overlap = None
         if isinstance(found, Tensor) and isinstance(expected, Tensor):
             overlap = float(top_overlap(found.cpu(), expected.cpu()).mean())
-        name = path.removesuffix(GRAPH).removesuffix(COMPILED)
-        dtype = ENGINES[name].dtype
+        dtype = ENGINES[engine_name(path)].dtype
         tokens = request.histories.values.numel()
-        cost = request_cost(tokens, len(request.histories), request.steps, items, axes.width, dtype)
+        steps = request.steps or 0
+        cost = request_cost(tokens, len(request.histories), None if baseline else steps, items, axes.width, dtype)
         return EngineRecord(
             measured_at_utc=now_utc(),
             path=path,
@@ -142,7 +156,7 @@ class EngineSweep:
             precision=dtype_name(dtype),
             batch_size_users=len(request.histories),
             history_tokens=tokens,
-            steps=request.steps,
+            steps=steps,
             items=items,
             width=axes.width,
             top20_overlap_fraction=overlap,
@@ -151,17 +165,21 @@ class EngineSweep:
         )
 
 
-def request_cost(tokens: int, users: int, steps: int, items: int, width: int, dtype: torch.dtype) -> Cost:
+def request_cost(tokens: int, users: int, steps: int | None, items: int, width: int, dtype: torch.dtype) -> Cost:
     """The least that answering a batch takes with two encoder and two denoiser blocks (`12 D^2` weights each).
+
+    steps: None without the denoiser, as in SASRec+.
 
     Operations: the encoder on every token; one denoiser block and the keys and values (`2 D^2`) of the other on the
     history; both on each user's last token at each step; scores of the whole catalogue. Attention itself, some percent
     of it, is left out. Bytes: item rows read, weights and the item table once.
     """
     square = width * width
-    rows = 12 * square * (2 * tokens + (tokens - users) + 2 * steps * users) + 2 * square * (tokens - users)
+    rows = 12 * square * 2 * tokens
+    if steps is not None:
+        rows += 12 * square * ((tokens - users) + 2 * steps * users) + 2 * square * (tokens - users)
     flops = 2 * rows + 2 * users * items * width
-    read = (4 * 12 * square + (tokens + items) * width) * dtype.itemsize
+    read = ((2 if steps is None else 4) * 12 * square + (tokens + items) * width) * dtype.itemsize
     return Cost(bytes=read, flops=flops)
 
 
@@ -177,17 +195,30 @@ def random_model(items: int, width: int, timesteps: int, device: torch.device) -
     return model.eval().requires_grad_(False)
 
 
-def random_histories(users: int, items: int) -> Jagged:
-    """Histories with the mean length of the Amazon sets and a long tail, up to 50 items; the same for each call."""
+def random_baseline(model: SequenceModel) -> SequenceModel:
+    """SASRec+ of the same size with random weights and the same item table."""
+    config = model.config.baseline(TrainConfig())
+    torch.manual_seed(0)
+    baseline = build_model(config.model_copy(update={"items": 1})).to(model.device)
+    baseline.config, baseline.item_embedding = config, model.item_embedding
+    return baseline.eval().requires_grad_(False)
+
+
+def random_histories(users: int, items: int, variant: int = 0) -> Jagged:
+    """Histories with the mean length of the Amazon sets and a long tail, up to 50 items; the same for each call.
+
+    variant: other items, and the same lengths, for which a graph or a compiled engine is made.
+    """
     generator = np.random.default_rng(users)
     lengths = np.clip(generator.geometric(1 / MEAN_LENGTH, users), 1, 50)
+    generator = np.random.default_rng([users, variant]) if variant else generator
     return Jagged.from_lists(generator.integers(1, items + 1, length).tolist() for length in lengths)
 
 
 def check_memory(items: int, width: int, paths: Sequence[str], device: torch.device) -> None:
     """Raise MemoryError where the item table and its copies in the engines' precisions would not fit."""
     rows = (items + 1) * width
-    precisions = {ENGINES[path.removesuffix(GRAPH).removesuffix(COMPILED)].dtype for path in paths}
+    precisions = {ENGINES[engine_name(path)].dtype for path in paths}
     needed = sum(rows * dtype.itemsize for dtype in precisions | {torch.float32}) + WORKSPACE_BYTES
     free = free_bytes(device)
     if free is not None and needed > free:

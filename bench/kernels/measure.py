@@ -31,6 +31,11 @@ from bench.timing import (
 from kernels import _runtime
 from kernels.inventory import Case, Cost
 
+INPUTS = 4
+"""Prepared inputs that calls take in turn, so that no cache holds the one of the call before."""
+INPUT_BYTES = 2**30
+"""Kernels that read more than a share of this are given fewer: no cache holds theirs."""
+
 KERNEL, GRAPH, TWIN, COMPILED, COPY = "kernel", "kernel in a CUDA graph", "eager twin", "compiled twin", "copy"
 
 
@@ -50,16 +55,16 @@ class Timer:
     environment: Environment = field(default_factory=read_environment)
 
     def measure(
-        self, calls: Mapping[str, Callable[[], object]], baseline: str, report: Report
+        self, calls: Mapping[str, Sequence[Callable[[], object]]], baseline: str, report: Report
     ) -> tuple[dict[str, PathTiming | str], dict[str, object]]:
         """Call each, then time all in turn. Returns timings or errors, and copies of the first results, by name.
 
-        baseline: the call that ratios are to.
+        calls: by name, a call for each of several inputs, which are rotated. baseline: what ratios are to.
         """
         timings: dict[str, PathTiming | str] = {}
         results: dict[str, object] = {}
         memory: dict[str, tuple[float | None, str]] = {}
-        for name, call in calls.items():
+        for name, (call, *_) in calls.items():
             report(1e-9, len(calls) * self.protocol.seconds)
             try:
                 # The first call may compile and try out variants, whose memory is not the path's.
@@ -67,7 +72,7 @@ class Timer:
                 memory[name] = peak_memory_mib(call, self.device)
             except Exception as error:
                 timings[name] = describe_error(error)
-        working: dict[str, Call] = {name: _numbered(call) for name, call in calls.items() if name in memory}
+        working: dict[str, Call] = {name: _rotated(each) for name, each in calls.items() if name in memory}
         series = measure_interleaved(working, self.protocol, self.clock, report)
         for name, each in series.items():
             timings[name] = each.error or _timing(each, series.get(baseline), memory[name])
@@ -141,20 +146,23 @@ class KernelBench:
         for path, timing in timings.items():
             yield self._row(case, path, cost, timing, results)
 
-    def _calls(self, case: Case, cost: Cost) -> dict[str, Callable[[], object]]:
+    def _calls(self, case: Case, cost: Cost) -> dict[str, Sequence[Callable[[], object]]]:
         entry, device = case.entry, self.timer.device
-        inputs = entry.inputs(case.shape, case.dtype, device)
+        count = max(1, min(INPUTS, INPUT_BYTES // max(1, cost.bytes)))
+        inputs = [entry.inputs(case.shape, case.dtype, device) for _ in range(count)]
         # Moves as many bytes as the kernel must: half are read, half written.
         source = torch.zeros(max(1, cost.bytes // 2), dtype=torch.int8, device=device)
         target = torch.empty_like(source)
-        calls: dict[str, Callable[[], object]] = {KERNEL: partial(entry.run, **inputs)}
+        calls: dict[str, Sequence[Callable[[], object]]] = {KERNEL: [partial(entry.run, **each) for each in inputs]}
         if self.graph:
-            calls[GRAPH] = _Captured(partial(entry.run, **_with_device_seed(inputs, device)), device)
+            seeded = [partial(entry.run, **_with_device_seed(each, device)) for each in inputs]
+            captured = _Captured(seeded, device)
+            calls[GRAPH] = [partial(captured, number) for number in range(count)]
         compiled = self.compile_twin(entry.twin)
         return calls | {
-            TWIN: partial(entry.twin, **inputs),
-            COMPILED: partial(compiled, **inputs),
-            COPY: partial(target.copy_, source),
+            TWIN: [partial(entry.twin, **each) for each in inputs],
+            COMPILED: [partial(compiled, **each) for each in inputs],
+            COPY: [partial(target.copy_, source)],
         }
 
     def _row(
@@ -221,18 +229,18 @@ def now_utc() -> str:
 
 
 class _Captured:
-    """A call captured in a CUDA graph at its first use, then replayed."""
+    """Calls captured in CUDA graphs, all at the first use of any, and replayed by their numbers."""
 
-    def __init__(self, call: Callable[[], object], device: torch.device) -> None:
-        self._call, self._device = call, device
-        self._graph: Any = None
-        self._result: object = None
+    def __init__(self, calls: Sequence[Callable[[], object]], device: torch.device) -> None:
+        self._calls, self._device = calls, device
+        self._graphs: list[tuple[Any, object]] = []
 
-    def __call__(self) -> object:
-        if self._graph is None:
-            self._graph, self._result = capture(self._call, self._device)
-        self._graph.replay()
-        return self._result
+    def __call__(self, number: int) -> object:
+        if not self._graphs:
+            self._graphs = [capture(call, self._device) for call in self._calls]
+        graph, result = self._graphs[number]
+        graph.replay()
+        return result
 
 
 def capture(call: Callable[[], object], device: torch.device) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -256,8 +264,8 @@ def _with_device_seed(inputs: Mapping[str, Any], device: torch.device) -> dict[s
     return {**inputs, "seed": _runtime.seed_tensor(seed, device)} if isinstance(seed, int) else dict(inputs)
 
 
-def _numbered(call: Callable[[], object]) -> Call:
-    return lambda number: call()
+def _rotated(calls: Sequence[Callable[[], object]]) -> Call:
+    return lambda number: calls[number % len(calls)]()
 
 
 def _cloned(value: object) -> object:

@@ -92,6 +92,7 @@ class KernelRecord(Measured):
 class EngineRecord(Measured):
     """One way to compute recommendations with a random model, at one batch size, step count and catalogue.
 
+    steps: of the cell; a path of SASRec+ (``sasrec-cached``), which has none, is timed beside each.
     ``top20_overlap_fraction``: mean overlap of the recommended items with those of ``overlap_with`` (same noise).
     """
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from bench.pareto import best_under, knee
-from bench.recommendation import METRIC, counted, interval, points_of, recommendation, rows_of_batch
+from bench.recommendation import METRIC, counted, interval, knows_kept, points_of, recommendation, rows_of_batch
 from bench.record import TradeoffRecord
 
 
@@ -39,6 +39,8 @@ def advice(records: Sequence[TradeoffRecord], budget_ms: float | None = None) ->
         return found
     rows = [row for row in rows_of_batch(records, size) if row.steps is not None]
     points = points_of(rows)
+    if not knows_kept(points):
+        return found
     bend = knee(points)
     if bend is not None:
         found.append(

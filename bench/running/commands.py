@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from bench.console import wide_console
 if TYPE_CHECKING:
     from adrec.config import ModelConfig
     from adrec.respacing import Steps
+    from bench.running.unit import Unit
 
 ENGINES_HELP = "Engines, comma-separated."
 
@@ -65,7 +67,8 @@ def run_suites(
     engines: Annotated[
         str | None,
         typer.Option(
-            help="Engines, comma-separated; default: reference,cached, and for suite engines all that run here.",
+            help="Engines, comma-separated; default: reference,cached, and for suite engines all that run here, which"
+            " also takes reference-compiled, reference-onnx, cached-compiled and sasrec- before an engine.",
         ),
     ] = None,
     users: Annotated[int | None, typer.Option(min=1, help="Evaluate a random sample of so many users.")] = None,
@@ -78,13 +81,13 @@ def run_suites(
 ) -> None:
     """Run the units that match, and keep each as soon as it is measured.
 
-    Exit status 1 when a cell failed, 2 for bad input, 130 when interrupted; --resume then goes on.
+    Exit status 1 when a cell failed or its figures do not count, 2 for bad input, 130 when interrupted; --resume then
+    goes on, and tries again what failed.
     """
     from adrec.devices import check_device
-    from adrec.engines import ENGINES
     from adrec.files import check_output_folder
     from bench.environment import printable_command
-    from bench.kernels.selection import pick_all
+    from bench.kernels.engine_paths import check_paths
     from bench.progress import SweepProgress
     from bench.running.registry import SUITES
     from bench.running.runner import run_units, select
@@ -104,13 +107,14 @@ def run_suites(
         data=data,
         users=users,
         seconds=seconds_per_cell,
-        engines=tuple(pick_all(engines or "reference,cached", ENGINES, "--engines")),
+        engines=tuple(check_paths(engines or "reference,cached", "--engines")),
         engines_named=engines is not None,
         compressed=tuple(compressed or ()),
     )
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with pinned_threads(threads):
         units, left_out = select(patterns, context)
+        check_engines(context.engines, units)
         for name, reason in left_out.items():
             console.print(f"left out: {name}: {reason}", markup=False)
         journal = open_journal(context, [suite.name for suite in SUITES], resume=resume)
@@ -129,8 +133,25 @@ def run_suites(
         rows = sum(done.records for done in journal.done.values() if done.suite == suite)
         console.print(f"{rows} rows in {journal.file_of(suite)}", markup=False)
     if outcome.failed:
-        console.print(f"{len(outcome.failed)} of {len(units)} units hold an error", markup=False)
+        console.print(
+            f"{len(outcome.failed)} of {len(units)} units hold an error, or figures that do not count;"
+            " --resume tries them again",
+            markup=False,
+        )
         raise typer.Exit(1)
+
+
+def check_engines(names: Sequence[str], units: Sequence[Unit]) -> None:
+    """Raise ConfigError for a rival's path among units of suites other than engines, which know engines only."""
+    from adrec.engines import ENGINES
+
+    wrong = [name for name in names if name not in ENGINES]
+    others = [unit.suite for unit in units if unit.suite != "engines"]
+    if wrong and others:
+        raise ConfigError(
+            f"--engines {wrong[0]}: is measured by suite engines only, not by {others[0]}; run the two one after the"
+            f" other, the latter with {', '.join(ENGINES)}"
+        )
 
 
 def serving(
@@ -146,7 +167,9 @@ def serving(
         float | None, typer.Option(help="Server: arrivals a second; default: --load of the throughput.")
     ] = None,
     load: Annotated[float, typer.Option(help="Server: share of the throughput in full batches.")] = 0.5,
-    bound_ms: Annotated[float, typer.Option(help="Server: latency that counts as served in time.")] = 100.0,
+    bound_ms: Annotated[
+        float | None, typer.Option(help="Server: latency that 99 % must keep for its figures to count; default: none.")
+    ] = None,
     batch_most: Annotated[int, typer.Option(min=1, max=2**20, help="Users in a batch at most.")] = 32,
     wait_ms: Annotated[float, typer.Option(help="Server: how long the first of a batch waits for others.")] = 0.0,
     seconds: Annotated[float, typer.Option(help="Least duration of a scenario.")] = 60.0,

@@ -1,7 +1,7 @@
 """Which units are done, so that a run that was stopped goes on without counting anything twice.
 
 Records of a unit are appended together; then one line of the journal says how long the file is now. What a crash left
-behind that line belongs to no finished unit and is cut off when the run goes on.
+behind that line belongs to no finished unit and is cut off when the run goes on. So is what failed, to be tried again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from adrec.data.json_text import parse_json
 from adrec.errors import ConfigError, DataError
+from adrec.files import write_text
 from bench.environment import Frozen
 from bench.json_lines import json_line
 
@@ -40,7 +41,10 @@ class Settings(Frozen):
 
 
 class Done(Frozen):
-    """A unit that is measured; ``bytes``: length of its suite's file after it. ``error``: of the unit as a whole."""
+    """A unit that is measured; ``bytes``: length of its suite's file after it. ``error``: of the unit as a whole.
+
+    ``failed``: records with an error or with figures that do not count, and 1 for the unit's own error.
+    """
 
     kind: Literal["done"] = "done"
     unit: str
@@ -73,7 +77,7 @@ class Journal:
             return
         if not resume:
             raise ConfigError(f"{folder}: already holds results; pass --resume to go on, or choose another --out")
-        earlier, self.done = self._read()
+        earlier, done = self._read()
         differences = [
             f"{name}: {getattr(earlier, name)} -> {getattr(settings, name)}"
             for name in Settings.model_fields
@@ -84,7 +88,8 @@ class Journal:
                 f"--resume: {folder} was measured with other settings ({'; '.join(differences)}), which do not belong"
                 " in one file; choose another --out"
             )
-        self._cut()
+        self._cut(done)
+        self.done = self._without_failed(settings, done)
 
     def _begun(self) -> bool:
         """Whether a journal is there; one whose first line a crash cut short is none, since nothing was measured."""
@@ -103,7 +108,7 @@ class Journal:
     def keep(self, unit: str, suite: str, records: Sequence[BaseModel], seconds: float, error: str | None) -> Done:
         """Append a finished unit's records, then its line."""
         length = self._append(self.file_of(suite), "".join(json_line(record) for record in records))
-        failed = sum(getattr(record, "error", None) is not None for record in records) + (error is not None)
+        failed = sum(map(_is_failed, records)) + (error is not None)
         done = Done(
             unit=unit,
             suite=suite,
@@ -124,7 +129,7 @@ class Journal:
             os.fsync(stream.fileno())
             return stream.tell()
 
-    def _read(self) -> tuple[Settings, dict[str, Done]]:
+    def _read(self) -> tuple[Settings, list[Done]]:
         try:
             text = self.path.read_bytes().decode("utf-8")
             *lines, unfinished = text.split("\n")
@@ -138,21 +143,53 @@ class Journal:
         if unfinished:
             # The line of a unit that a crash cut short: the unit is measured again.
             self._truncate(self.path, len(text.encode("utf-8")) - len(unfinished.encode("utf-8")))
-        return settings, {each.unit: each for each in done}
+        return settings, done
 
-    def _cut(self) -> None:
-        lengths: dict[str, int] = {}
-        for each in self.done.values():
-            lengths[each.suite] = max(lengths.get(each.suite, 0), each.bytes)
-        for suite in {*self.suites, *lengths}:
-            path, kept = self.file_of(suite), lengths.get(suite, 0)
+    def _cut(self, done: Sequence[Done]) -> None:
+        """Cut off what lies behind the last finished unit of each file; raises DataError for one that is too short."""
+        for suite in {*self.suites, *(each.suite for each in done)}:
+            path, parts = self.file_of(suite), _parts(done, suite)
+            kept, good = sum(size for _, _, size in parts), sum(size for each, _, size in parts if not each.failed)
             size = path.stat().st_size if path.exists() else 0
-            if size < kept:
+            # A crash between the two files of `_without_failed` leaves the one without the other.
+            if size < kept and size != good:
                 raise DataError(f"{path}: is gone or shorter than the journal beside it says; choose another --out")
             if path.exists():
                 self._truncate(path, kept)
+
+    def _without_failed(self, settings: Settings, done: Sequence[Done]) -> dict[str, Done]:
+        """Drop failed units and their records, so that they are measured again; first from their files."""
+        kept: dict[str, Done] = {}
+        for suite in dict.fromkeys(each.suite for each in done):
+            path, parts, length = self.file_of(suite), _parts(done, suite), 0
+            content = path.read_bytes() if path.exists() else b""
+            good = [content[start : start + size] for each, start, size in parts if not each.failed]
+            for each, _, size in parts:
+                if not each.failed:
+                    length += size
+                    kept[each.unit] = each.model_copy(update={"bytes": length})
+            if len(content) > length:
+                write_text(path, b"".join(good).decode("utf-8"))
+        if len(kept) < len(done):
+            write_text(self.path, "".join(map(json_line, (settings, *kept.values()))))
+        return kept
 
     @staticmethod
     def _truncate(path: Path, length: int) -> None:
         if path.stat().st_size > length:
             os.truncate(path, length)
+
+
+def _is_failed(record: BaseModel) -> bool:
+    """Whether a record has an error, or a summary that does not count."""
+    return getattr(record, "error", None) is not None or not getattr(getattr(record, "summary", None), "valid", True)
+
+
+def _parts(done: Sequence[Done], suite: str) -> list[tuple[Done, int, int]]:
+    """Units of a suite with the first byte of their records in its file, and how many bytes they are."""
+    found, start = [], 0
+    for each in done:
+        if each.suite == suite:
+            found.append((each, start, each.bytes - start))
+            start = each.bytes
+    return found

@@ -33,10 +33,11 @@ class _StageReport:
 
 
 def _needs_gpu(context: Context) -> str | None:
+    """On a CPU nothing is left to compare: kernels are interpreted, and no compiler takes twins that draw noise."""
     from kernels import _runtime
 
-    if not torch.cuda.is_available():
-        return "needs a CUDA device"
+    if context.device.type != "cuda":
+        return "needs a CUDA device: --device cuda"
     return None if _runtime.AVAILABLE and not _runtime.INTERPRETED else "needs Triton, not interpreted"
 
 
@@ -49,7 +50,7 @@ def _kernels(context: Context) -> list[Unit]:
     cases = choose_cases(shape="paper" if context.smoke else None)
 
     def measure(case: object, report: Report) -> Iterable[BaseModel]:
-        return KernelBench(timer).rows([case], lambda stage, done, expected: report(done, expected))  # type: ignore[list-item]
+        return KernelBench(timer, graph=True).rows([case], lambda stage, done, expected: report(done, expected))  # type: ignore[list-item]
 
     return [
         Unit(
@@ -67,10 +68,10 @@ def _engines(context: Context) -> list[Unit]:
     from bench.timing import clock_for
 
     timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
+    paths = engine_paths_of(context)
     items, batches, steps = [12_000, 100_000], [1, 32, 512], [1, 4, 32]
     if context.smoke:
         items, batches, steps = [2000], [1, 16], [1, 4]
-    paths = context.engines if context.engines_named or context.smoke else engines_here(context.device)
 
     def measure(axes: Axes, report: Report) -> Iterable[BaseModel]:
         return EngineSweep(timer, axes).rows(lambda stage, done, expected: report(done, expected))
@@ -85,6 +86,17 @@ def _engines(context: Context) -> list[Unit]:
         for batch in batches
         for count in steps
     ]
+
+
+def engine_paths_of(context: Context) -> tuple[str, ...]:
+    """What suite engines measures: the engines named, or all that run here with their rivals."""
+    from bench.kernels.engine_paths import BASELINE, paths_here
+
+    if context.engines_named:
+        return context.engines
+    # Compiling and exporting take longer than a smoke run may.
+    smoke = (*context.engines, f"{BASELINE}cached")
+    return smoke if context.smoke else paths_here(engines_here(context.device), context.device)
 
 
 def engines_here(device: torch.device) -> tuple[str, ...]:
@@ -120,7 +132,7 @@ def _tradeoff(context: Context) -> list[Unit]:
         progress.report = report
         yield from sweep().group(size)
 
-    cells = len(context.engines) * (3 if context.smoke else 6) + 1
+    cells = len(context.engines) * (3 if context.smoke else 7)
     return [
         Unit("tradeoff/popularity", context.protocol.seconds, popularity),
         *(Unit(f"tradeoff/batch {size}", cells * context.protocol.seconds, partial(group, size)) for size in sizes),
@@ -293,7 +305,12 @@ def _rivals(context: Context) -> list[Unit]:
 
 SUITES: tuple[Suite, ...] = (
     Suite("kernels", "each Triton kernel against its eager twin, torch.compile and a copy", _kernels, _needs_gpu),
-    Suite("engines", "engines and precisions on a random model: catalogue x batch x steps", _engines),
+    Suite(
+        "engines",
+        "engines, compiled and exported rivals, SASRec+: catalogue x batch x steps; random models, without an accuracy"
+        " but with the overlap with the exact lists",
+        _engines,
+    ),
     Suite("tradeoff", "a run's speed and accuracy: engine x steps x batch", _tradeoff),
     Suite("serving", "single stream, server with Poisson arrivals, offline, as in MLPerf", _serving),
     Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training),

@@ -12,7 +12,7 @@ from adrec.versions import installed_versions
 from bench.environment import read_environment
 from bench.json_lines import json_line
 from bench.running.journal import Journal, Settings
-from bench.running.registry import engines_here
+from bench.running.registry import engine_paths_of
 from bench.running.unit import Context
 
 
@@ -22,9 +22,7 @@ def open_journal(context: Context, suites: Sequence[str], *, resume: bool) -> Jo
     run, data = "untrained", "synthetic"
     if context.run is not None:
         run, data = context.subject.run.fingerprint, context.subject.dataset.fingerprint
-    engines = context.engines
-    if not (context.engines_named or context.smoke):
-        engines = tuple(dict.fromkeys((*engines, *engines_here(context.device))))
+    engines = tuple(dict.fromkeys((*context.engines, *engine_paths_of(context))))
     settings = Settings(
         smoke=context.smoke,
         run_fingerprint=run,
@@ -35,7 +33,7 @@ def open_journal(context: Context, suites: Sequence[str], *, resume: bool) -> Jo
         networks=[each.fingerprint for each in context.networks],
         device=str(context.device),
         threads=machine.threads,
-        processor=machine.processor,
+        processor=machine.kind,
         adrec=installed_versions()["adrec"] or "unknown",
     )
     return Journal(context.folder, settings, suites, resume=resume)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from adrec.data.jagged import Jagged
 from adrec.engines import ENGINES, make_engine
 from bench.kernels.engine_sweep import RESULTS, check_memory, random_histories, random_model
-from bench.kernels.measure import Timer, now_utc
+from bench.kernels.measure import INPUTS, Timer, now_utc
 from bench.kernels.records import PathTiming
 from bench.kernels.selection import dtype_name
 from bench.record import Estimate
@@ -68,13 +68,17 @@ class ScalingBench:
             model = random_model(items, fixed.width, fixed.steps, self.timer.device)
             if history:
                 model.config = model.config.model_copy(update={"max_length": max(history, model.config.max_length)})
-            histories = equal_histories(batch, history, items) if history else random_histories(batch, items)
-            tokens = histories.values.numel()
-            calls: dict[str, Callable[[], object]] = {}
+            batches = [
+                equal_histories(batch, history, items, variant) if history else random_histories(batch, items, variant)
+                for variant in range(INPUTS)
+            ]
+            tokens = batches[0].values.numel()
+            calls: dict[str, Sequence[Callable[[], object]]] = {}
             for name in self.engines:
                 try:
                     engine = make_engine(name, model)
-                    calls[name] = partial(engine.recommend, histories, min(RESULTS, items), steps=fixed.steps)
+                    k = min(RESULTS, items)
+                    calls[name] = [partial(engine.recommend, each, k, steps=fixed.steps) for each in batches]
                 except Exception as error:
                     timings[name] = describe_error(error)
             measured, _ = self.timer.measure(calls, self.engines[0], report)
@@ -140,9 +144,9 @@ def growth(points: Sequence[tuple[int, Sequence[float]]], seed: int = 0) -> tupl
     return Estimate(value=float(slope[0]), low=float(low), high=float(high)), misfit
 
 
-def equal_histories(users: int, length: int, items: int) -> Jagged:
-    """Histories of one length; the same for each call."""
-    generator = np.random.default_rng(users)
+def equal_histories(users: int, length: int, items: int, variant: int = 0) -> Jagged:
+    """Histories of one length; the same for each call of a variant, which has items of its own."""
+    generator = np.random.default_rng([users, variant])
     rows = generator.integers(1, items + 1, (users, length))
     return Jagged(torch.from_numpy(rows.reshape(-1)), torch.arange(users + 1) * length)
 

@@ -15,9 +15,9 @@ Scenario = Literal["single stream", "server", "offline"]
 class ServingDemand(Frozen):
     """What a scenario had to reach before its figures count, as in MLPerf: least duration and least queries.
 
-    ``latency_bound_ms`` and ``arrivals_per_second`` are of the server scenario only. ``batch_most``: users in a batch
-    at most; ``wait_most_ms``: how long the first of a batch may wait for others. ``load``: share of the throughput in
-    full batches, measured just before, that the arrival rate was set to; `None` for a rate that was given.
+    ``latency_bound_ms`` (None: no bound) and ``arrivals_per_second`` are of the server scenario only. ``batch_most``:
+    users in a batch at most; ``wait_most_ms``: how long the first of a batch may wait for others. ``load``: share of
+    the throughput in full batches, measured just before, that the arrival rate was set to; `None` for a given rate.
     """
 
     seconds_least: float
@@ -34,7 +34,8 @@ class ServingSummary(Frozen):
     """Latency of single users from arrival to result, and what the server did meanwhile.
 
     ``window_medians_ms``: median latency (offline: time of a batch) in consecutive windows of equally many queries.
-    ``valid``: duration and query count were reached, and the server kept up with its arrivals.
+    ``valid``: duration and query count were reached, the server kept up with its arrivals, and 99 % of its queries met
+    the latency bound, where there is one.
     """
 
     queries: int = Field(ge=1)

@@ -22,6 +22,7 @@ Progress = Callable[[float, float], None]
 
 SPIN_SECONDS = 0.002
 SATURATED = 0.98
+BOUND_SHARE = 0.99
 
 
 class Timeline(Protocol):
@@ -128,8 +129,8 @@ def poisson_arrivals(rate: float, extent: Extent, seed: int) -> NDArray[np.float
     return times
 
 
-def complaints(served: Served, extent: Extent, *, arrivals: bool) -> list[str]:
-    """Why the figures do not count; empty when they do."""
+def complaints(served: Served, extent: Extent, *, arrivals: bool, bound_ms: float | None = None) -> list[str]:
+    """Why the figures do not count; empty when they do. bound_ms: what `BOUND_SHARE` of the queries must meet."""
     found = []
     if served.queries < extent.queries_least:
         found.append(f"{served.queries} of at least {extent.queries_least} queries")
@@ -139,6 +140,10 @@ def complaints(served: Served, extent: Extent, *, arrivals: bool) -> list[str]:
         found.append(f"{served.seconds:.3g} of at least {extent.seconds_least:g} seconds")
     if arrivals and served.busy_seconds > SATURATED * served.seconds:
         found.append("the server was busy all the time: it did not keep up with its arrivals")
+    if bound_ms is not None and served.times_ms:
+        met = float((np.asarray(served.times_ms) <= bound_ms).mean())
+        if met < BOUND_SHARE:
+            found.append(f"{met:.1%} of the queries, of at least {BOUND_SHARE:.0%}, took {bound_ms:g} ms or less")
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.conversion.pytest_json import record_without_timing
+from bench.conversion.pytest_json import describe_benchmark
 from bench.environment import printable_command, read_environment
 from bench.kernels.measure import compare_results, now_utc
 from bench.kernels.records import KernelRecord, Roof
@@ -55,20 +55,7 @@ def test_kernel(benchmark: Any, case: Case, path: str) -> None:
             torch.cuda.synchronize(DEVICE)
         return result
 
-    benchmark.group = f"{case.entry.name}, {case.shape_name}, {dtype_name(case.dtype)}"
-    benchmark.extra_info.update(
-        kernel=case.entry.name,
-        path=path,
-        shape_name=case.shape_name,
-        shape=dict(case.shape),
-        dtype=dtype_name(case.dtype),
-        device=torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "cpu",
-        threads=torch.get_num_threads(),
-        least_bytes=cost.bytes,
-        least_flops=cost.flops,
-        rms_ratio_to_twin=ratio,
-        **record_without_timing(row(case, path, cost, ratio, different)),
-    )
+    describe_benchmark(benchmark, row(case, path, cost, ratio, different))
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
 

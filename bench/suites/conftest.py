@@ -1,4 +1,4 @@
-"""What the suites measure (an untrained model, or a run of one's own), and what their JSON says about the machine."""
+"""What the suites measure (a small model trained first, or a run), and what their JSON says about the machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from adrec.errors import AdrecError
 from bench.environment import read_environment
-from bench.suites.measured import Measured, random_subject, subject_of_run
+from bench.suites.measured import Measured, subject_of_run, trained_run
 
 OF_RUN = pytest.StashKey[Measured]()
 
@@ -39,9 +39,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest) -> Measured:
-    """Model, histories and accuracy of the run, or a random model of the paper's size without an accuracy."""
-    return request.config.stash.get(OF_RUN, None) or random_subject()
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """Model, histories and accuracy of the run, or of one trained on synthetic data."""
+    given = request.config.stash.get(OF_RUN, None)
+    return given or subject_of_run(trained_run(tmp_path_factory.mktemp("adrec")), None, None)
 
 
 @pytest.hookimpl(optionalhook=True)

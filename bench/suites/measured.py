@@ -1,113 +1,77 @@
-"""What the engines' suite measures: a random model and drawn histories, or a trained run with its data."""
+"""What the engines' suite measures: a trained run with its data, one's own or a small one trained on synthetic data."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
-from adrec.checkpoint import model_fingerprint
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, make_engine
 from adrec.errors import NotSupportedError
-from adrec.evaluation import top_overlap
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook
 from bench.environment import printable_command, read_environment
-from bench.kernels.engine_sweep import random_histories, random_model, request_cost
 from bench.kernels.measure import now_utc
-from bench.kernels.records import EngineRecord, Measuring, Roof
+from bench.kernels.records import Measuring
+from bench.kernels.selection import dtype_name
 from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord
 from bench.subject import Subject, draw_batches, load_subject
 
-ITEMS, WIDTH, TIMESTEPS = 4000, 128, 32
-OVERLAP_USERS = 16
+USERS, ITEMS, MEAN_LENGTH = 400, 200, 8.0
+# Seconds of training, whose accuracy tells one step count from another; 32 steps as in the paper.
+MODEL = {"items": ITEMS, "width": 32, "timesteps": 32}
+STAGE = {"epochs": 4, "cosine_epochs": 4, "validate_every": 4, "learning_rate": 5e-3}
+TRAIN = {"batch_size": 64, "warmup_epochs": 1, "pretrain": STAGE, "main": STAGE}
 CLOCK = "pytest-benchmark's timer"
-CPU = torch.device("cpu")
 
 
 @dataclass
 class Measured:
-    """``histories(n)``: the same n histories in each call. ``subject``: None for a random model."""
+    """A run, its engines and their accuracies, each made or measured once."""
 
-    model: SequenceModel
-    histories: Callable[[int], Jagged]
-    subject: Subject | None = None
+    subject: Subject
     _engines: dict[str, Engine] = field(default_factory=dict)
     _accuracies: dict[tuple[str, int], Accuracy] = field(default_factory=dict)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the weights."""
-        return self.subject.run.fingerprint if self.subject else model_fingerprint(self.model.state_dict())
+    @property
+    def model(self) -> SequenceModel:
+        """The trained model."""
+        return self.subject.run.model
+
+    def histories(self, count: int) -> Jagged:
+        """The same histories in each call."""
+        return draw_batches(self.subject.examples.histories, count)[0]
 
     def engine(self, name: str) -> Engine:
-        """An engine of the model, made once."""
+        """An engine of the model."""
         if name not in self._engines:
             self._engines[name] = make_engine(name, self.model)
         return self._engines[name]
 
-    def accuracy(self, name: str, steps: int) -> Accuracy | None:
-        """Accuracy of the run at a step count; None for a random model, whose accuracy means nothing."""
-        if self.subject is None:
-            return None
+    @cached_property
+    def _book(self) -> AccuracyBook:
+        return AccuracyBook(self.engine("cached"), self.subject.examples, self.model.config.timesteps)
+
+    def accuracy(self, name: str, steps: int) -> Accuracy:
+        """Accuracy of the run at a step count, and how far an engine agrees with it."""
         if (name, steps) not in self._accuracies:
-            if not hasattr(self, "_book"):
-                self._book = AccuracyBook(self.engine("cached"), self.subject.examples, self.model.config.timesteps)
             self._accuracies[name, steps] = self._book.accuracy(steps, 0, self.engine(name), self._book)
         return self._accuracies[name, steps]
 
-    def overlap(self, name: str, steps: int) -> float:
-        """Mean overlap of the top 20 with the cached engine's exact result, over a few users and the same noise."""
-        sample, k = self.histories(OVERLAP_USERS), min(RESULTS, self.model.config.items)
-        exact = self.engine("cached").recommend(sample, k)
-        return float(top_overlap(self.engine(name).recommend(sample, k, steps=steps).items, exact.items).mean())
-
-    def record(self, name: str, steps: int, batch: Jagged) -> EngineRecord | TradeoffRecord:
+    def record(self, name: str, steps: int, batch_size_users: int) -> TradeoffRecord:
         """The row of a setting without its timing, which pytest-benchmark measures."""
-        if self.subject is not None:
-            return self._tradeoff(self.subject, name, steps, batch)
-        config, dtype = self.model.config, self.engine(name).dtype
-        cost = request_cost(batch.values.numel(), len(batch), steps, config.items, config.width, dtype)
-        return EngineRecord(
-            measured_at_utc=now_utc(),
-            path=name,
-            baseline=name,
-            timing=None,
-            roof=Roof(
-                least_bytes=cost.bytes, least_flops=cost.flops, gpu=None, floor_us=None, bound=None,
-                floor_fraction=None, gigabytes_per_second=None,
-            ),
-            error=None,
-            protocol=measuring(),
-            environment=read_environment(),
-            command=printable_command(sys.argv),
-            precision=str(dtype).removeprefix("torch."),
-            batch_size_users=len(batch),
-            history_tokens=batch.values.numel(),
-            steps=steps,
-            items=config.items,
-            width=config.width,
-            top20_overlap_fraction=self.overlap(name, steps),
-            overlap_with=f"cached, {config.timesteps} steps",
-            noise="drawn",
-        )  # fmt: skip
-
-    def _tradeoff(self, subject: Subject, name: str, steps: int, batch: Jagged) -> TradeoffRecord:
-        environment = read_environment()
+        environment, subject = read_environment(), self.subject
         return TradeoffRecord(
             measured_at_utc=now_utc(),
             model=self.model.config.model,
             engine=name,
             steps=steps,
             exact_steps=self.model.config.timesteps,
-            batch_size_users=len(batch),
+            batch_size_users=batch_size_users,
             seed=0,
-            precision=str(self.engine(name).dtype).removeprefix("torch."),
+            precision=dtype_name(self.engine(name).dtype),
             split=subject.split,
             timing=None,
             accuracy=self.accuracy(name, steps),
@@ -120,16 +84,27 @@ class Measured:
             dataset_fingerprint=subject.dataset.fingerprint,
             dataset_users=len(subject.examples.histories),
             dataset_items=subject.dataset.item_count,
-            model_fingerprint=self.fingerprint,
-            run_fingerprint=self.fingerprint,
+            model_fingerprint=subject.run.fingerprint,
+            run_fingerprint=subject.run.fingerprint,
             environment=environment,
             command=printable_command(sys.argv),
         )  # fmt: skip
 
 
-def random_subject() -> Measured:
-    """ADRec of the paper's size with random weights, and histories of the Amazon sets' mean length."""
-    return Measured(random_model(ITEMS, WIDTH, TIMESTEPS, CPU), lambda users: random_histories(users, ITEMS))
+def trained_run(folder: Path) -> Path:
+    """Train a small run on synthetic data in ``folder``, in seconds; returns the run's folder."""
+    from adrec.config import RunConfig, parse
+    from adrec.data.synthesize import synthetic_dataset
+    from adrec.training.stages import train_run
+
+    dataset = synthetic_dataset(USERS, ITEMS, MEAN_LENGTH, 0, name="synthetic")
+    dataset.save(folder / "data")
+    settings = parse(RunConfig, {"model": MODEL, "train": TRAIN}, "settings of bench/suites")
+    run = folder / "run"
+    train_run(
+        dataset, str(folder / "data"), run, settings, accelerator="cpu", devices=1, progress=False, report=_silent
+    )  # fmt: skip
+    return run
 
 
 def subject_of_run(run: Path, data: Path | None, users: int | None) -> Measured:
@@ -139,7 +114,8 @@ def subject_of_run(run: Path, data: Path | None, users: int | None) -> Measured:
         raise NotSupportedError(
             f"a run of {subject.run.config.model!r} has no steps; give the folder of an 'adrec' run"
         )
-    return Measured(subject.run.model.eval(), lambda count: draw_batches(subject.examples.histories, count)[0], subject)
+    subject.run.model.eval()
+    return Measured(subject)
 
 
 def measuring(device: str = "cpu", device_name: str = "") -> Measuring:
@@ -154,3 +130,7 @@ def measuring(device: str = "cpu", device_name: str = "") -> Measuring:
         warmup_calls=1,
         threads=machine.threads,
     )
+
+
+def _silent(message: str) -> None:
+    """Nothing is said of the training."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bench.json_lines import json_line
 from bench.kernels.engine_sweep import Axes, EngineSweep
 from bench.kernels.measure import Timer
 from bench.record import TradeoffRecord
+from bench.running.registry import engines_here
 from bench.timing import Clock, TimingProtocol
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,74 +141,67 @@ def test_command_line(records: list[AnyRecord], tmp_path: Path) -> None:
         raise invoke(str(tmp_path / "none.json"), str(back)).exception
 
 
-SUITE = '''
-"""A benchmark whose time a file says."""
-import pathlib
-
-class Clock:
-    now = 0.0
-
-def timer():
-    return Clock.now
-
-def work():
-    Clock.now += float(pathlib.Path(__file__).with_name("milliseconds").read_text()) / 1e3
-
-def test_work(benchmark):
-    benchmark.pedantic(work, rounds=5)
-'''
+def run_suite(run: Path, chosen: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """The benchmarks of engines whose names hold ``chosen``, on a run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/suites/bench_engines.py"]
+    command += ["--benchmark-only", f"--adrec-run={run}", "-k", chosen, *options]
+    # Triton's interpreter, which other tests switch on, is no engine to time; benchmarks are off in pytest-xdist.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+    }
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
 
 
-def run_suite(folder: Path, milliseconds: float, *options: str) -> subprocess.CompletedProcess[str]:
-    (folder / "milliseconds").write_text(str(milliseconds))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(folder),
-        "-c",
-        "/dev/null",
-    ]
-    command += ["--benchmark-timer=bench_work.timer", *options, "bench_work.py"]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(folder), "PATH": ""}
-    )
+def as_baseline(records: Sequence[AnyRecord], seconds: float, path: Path) -> str:
+    """Write records as a file of pytest-benchmark whose every round took so long; returns the option that names it."""
+    content = pytest_json(records)
+    for each in content["benchmarks"]:
+        each["stats"] = statistics_of([seconds] * 5)
+    path.write_text(json.dumps(content))
+    return f"--benchmark-compare={path}"
 
 
-def test_compare_fail_works_against_a_saved_run_and_against_converted_records(
-    tmp_path: Path, tiny_records: list[TradeoffRecord]
+def test_records_are_a_baseline_of_the_suite_and_its_file_gives_them_back(
+    tmp_path: Path, tiny_run: Path, tiny_records: list[TradeoffRecord]
 ) -> None:
-    (tmp_path / "bench_work.py").write_text(SUITE)
-    content = pytest_json([tiny_records[1]])
-    # As our records would say of the same benchmark: 10 ms in each round.
-    content["benchmarks"][0] |= {"fullname": "bench_work.py::test_work", "stats": statistics_of([0.01] * 5)}
-    (tmp_path / "0001_ours.json").write_text(json.dumps(content))
-    against = ["--benchmark-compare=0001_ours.json", "--benchmark-compare-fail=median:5%"]
-    same = run_suite(tmp_path, 10.2, *against)
-    assert same.returncode == 0, same.stdout + same.stderr
-    slow = run_suite(tmp_path, 11.0, *against)
-    assert slow.returncode != 0
-    assert "Performance has regressed" in slow.stdout + slow.stderr
-    assert "median" in slow.stdout + slow.stderr
+    """Rows of `adrec bench tradeoff` match benchmarks: far faster ones are a regression, far slower ones are none."""
+    chosen, out, fail = "cached-steps1-batch1", tmp_path / "out.json", "--benchmark-compare-fail=median:5%"
+    fast = as_baseline(tiny_records, 1e-9, tmp_path / "0001_ours.json")
+    regressed = run_suite(tiny_run, chosen, fast, fail, f"--benchmark-json={out}")
+    assert regressed.returncode != 0
+    assert "Performance has regressed" in regressed.stdout + regressed.stderr, regressed.stdout + regressed.stderr
+    measured = json.loads(out.read_text())
+    found = records_of(measured, "out.json")
+    (record,) = found
+    assert isinstance(record, TradeoffRecord)
+    assert (record.engine, record.steps, record.batch_size_users) == ("cached", 1, 1)
+    # The same benchmark again, but for what differs between the statistics of two libraries.
+    (first,), (again,) = measured["benchmarks"], pytest_json(found)["benchmarks"]
+    for name in ("group", "name", "fullname", "params", "param"):
+        assert again[name] == first[name]
+    for each in (first, again):
+        del each["extra_info"]["adrec_record"]
+        each["extra_info"].pop("adrec_position", None)
+    assert again["extra_info"] == first["extra_info"]
+    assert first["extra_info"]["accuracy"]["NDCG@20"] >= 0.0
+    assert {"engine": "cached", "steps": "1", "batch": "1"}.items() <= first["extra_info"].items()
+    assert first["extra_info"]["model_fingerprint"] == record.model_fingerprint
+    assert again["stats"]["median"] == pytest.approx(first["stats"]["median"], rel=1e-6)
+    slow = run_suite(tiny_run, chosen, as_baseline(found, 1e3, tmp_path / "0002_own.json"), fail)
+    assert slow.returncode == 0, slow.stdout + slow.stderr
 
 
 @pytest.mark.slow
 def test_the_suite_of_engines_converts_with_the_accuracy_of_a_run(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/suites/bench_engines.py"]
-    command += ["--benchmark-only", f"--benchmark-json={out}", f"--adrec-run={tiny_run}", "-k", "batch1"]
-    # Triton's interpreter, which other tests switch on, is no engine to time.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment)
+    done = run_suite(tiny_run, "batch1", f"--benchmark-json={out}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = records_of(json.loads(out.read_text()), "out.json")
-    # Two engines at 1 and 4 steps; the run has no 32.
+    # Every engine here at 1 and 4 steps; the run has no 32.
     assert {(each.engine, each.steps) for each in found if isinstance(each, TradeoffRecord)} == {
-        (engine, steps) for engine in ("reference", "cached") for steps in (1, 4)
+        (engine, steps) for engine in engines_here(torch.device("cpu")) for steps in (1, 4)
     }
     for each in found:
         assert isinstance(each, TradeoffRecord)

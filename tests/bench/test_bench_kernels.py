@@ -18,12 +18,22 @@ from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
 from bench.cli import register
 from bench.kernels import engine_paths, engine_sweep
 from bench.kernels.engine_sweep import Axes, EngineSweep, check_memory, random_histories, random_model, request_cost
-from bench.kernels.measure import COMPILED, COPY, KERNEL, TWIN, KernelBench, Timer, compare_results
+from bench.kernels.measure import (
+    COMPILED,
+    COPY,
+    INPUT_BYTES,
+    INPUTS,
+    KERNEL,
+    TWIN,
+    KernelBench,
+    Timer,
+    compare_results,
+)
 from bench.kernels.records import EngineRecord, KernelRecord, append_record, read_kernel_records
 from bench.kernels.selection import choose_cases
 from bench.timing import Clock, TimingProtocol
 from kernels import _runtime
-from kernels.inventory import Case
+from kernels.inventory import Case, Cost
 
 CPU = torch.device("cpu")
 needs_triton = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
@@ -74,6 +84,15 @@ def test_each_path_of_a_kernel_is_a_row(timer: Timer) -> None:
 
 
 @needs_triton
+def test_a_kernel_takes_several_inputs_in_turn_unless_they_are_large(timer: Timer) -> None:
+    (case,) = choose_cases("scale", shape="odd, small", dtype="fp32")
+    bench = KernelBench(timer, lambda twin: twin)
+    calls = bench._calls(case, Cost(bytes=8, flops=1))
+    places = {call.keywords["x"].data_ptr() for call in calls[TWIN]}  # type: ignore[attr-defined]
+    assert len(places) == len(calls[KERNEL]) == len(calls[COMPILED]) == INPUTS
+    assert len(bench._calls(case, Cost(bytes=INPUT_BYTES // 2, flops=1))[KERNEL]) == 2
+
+
 def test_a_failing_path_keeps_its_error_and_the_others_go_on(timer: Timer) -> None:
     def broken(twin: object) -> Callable[..., object]:
         def run(**inputs: object) -> object:
@@ -163,7 +182,7 @@ def test_the_compiled_engine_recommends_what_the_engine_does(monkeypatch: pytest
     request = engine_paths.Request(random_histories(3, 40), steps=3, k=7)
     engine = engine_paths.path_engine("cached-compiled", model)
     assert engine.model.table is model.table
-    call, noise = engine_paths.path_call("cached-compiled", engine, request)
+    (call,), noise = engine_paths.path_calls("cached-compiled", engine, [request])
     expected = make_engine("cached", model).recommend(request.histories, 7, steps=3).items
     assert noise == "given"
     for _ in range(2):

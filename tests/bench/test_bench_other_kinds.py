@@ -10,12 +10,15 @@ import pytest
 from bench.archive import read_any
 from bench.chart import Chart
 from bench.comparing.rows import rows_in
-from bench.kernels.records import Measuring, PathTiming
-from bench.other_kinds import charts_of_kind, sections_of
+from bench.compression.record import CompressRecord
+from bench.kernels.records import EngineRecord, Measuring, PathTiming, Roof
+from bench.kind_charts import charts_of_kind
+from bench.other_kinds import sections_of
 from bench.record import Estimate, TradeoffRecord
 from bench.report import write_report
 from bench.scaling.record import ScalingPoint, ScalingRecord
 from bench.serving.records import ServingDemand, ServingRecord, ServingSummary
+from bench.training_speed.record import TrainingRecord, TrainingTiming
 
 COMPRESSED = Path(__file__).parents[2] / "bench" / "records" / "compress-ml-100k-cpu.jsonl"
 
@@ -75,8 +78,8 @@ def test_every_row_of_every_kind_is_in_the_page(
     text = page.read_text()
     for title in ("Compressed models", "Serving scenarios", "Growth"):
         assert text.count(f"<span>{title}</span>") == 1
-    # A row of heads for each of the three tables.
-    assert len(re.findall(r"<tr[ >]", text)) == sum(len(rows_in(record)) for record in records) + 3
+    # A row of heads for each of the three tables, and the table of fits with its one row.
+    assert len(re.findall(r"<tr[ >]", text)) == sum(len(rows_in(record)) for record in records) + 3 + 2
     assert "<b>no</b>" not in text
     assert "RuntimeError: &lt;b&gt;no" in text
     markdown = page.with_suffix(".md").read_text()
@@ -105,10 +108,77 @@ def test_curves_are_those_of_the_records(served: list[ServingRecord], growing: S
     (line,) = growth.lines
     assert line.name == "cached, grows as items^1.00"
     assert (line.x, line.y) == ([10.0, 100.0], [2.0, 20.0])
+    poor = growing.model_copy(update={"largest_misfit": 2.125})
+    assert charts_of_kind([poor])[0].lines[0].name == "cached, no power law (off by up to 2.1 times)"
     failed = charts_of_kind(served[1:])[0]
     assert isinstance(failed, Chart)
     assert not failed.lines
     assert "No scenario" in failed.empty
+
+
+def test_fits_are_in_the_tables_with_their_misfit(growing: ScalingRecord) -> None:
+    exponent = Estimate(value=0.5, low=0.25, high=0.75)
+    found = [
+        growing,
+        growing.model_copy(update={"exponent": exponent, "exponent_last": exponent, "largest_misfit": 1.125}),
+        growing.model_copy(update={"axis": "batch", "exponent": exponent, "largest_misfit": 1.5}),
+    ]
+    (section,) = sections_of(found, 0)
+    for text in ("too few points", "0.50 [0.25, 0.75]", "1.12 times", "1.5 times", "no: off by more than 1.25 times"):
+        assert text in section.html
+    shown = [line for line in section.markdown.splitlines() if line.startswith(("| items |", "| batch |"))]
+    assert [line.split(" | ")[-1] for line in shown if "float32" in line][:3] == [
+        "too few points |", "yes |", "no: off by more than 1.25 times |",
+    ]  # fmt: skip
+    assert "| items | cached | float32 | 0.50 \\[0.25, 0.75\\] | 0.50 \\[0.25, 0.75\\] | 1.12 times | yes |" in shown
+
+
+def test_engines_compressed_models_and_training_have_charts(
+    served: list[ServingRecord], growing: ScalingRecord
+) -> None:
+    timing = growing.points[0].timing
+    roof = Roof(
+        least_bytes=1, least_flops=1, gpu=None, floor_us=None, bound=None, floor_fraction=None,
+        gigabytes_per_second=None,
+    )  # fmt: skip
+    engine = EngineRecord(
+        measured_at_utc="2026-01-01T00:00:00+00:00", path="cached", baseline="cached", timing=timing, roof=roof,
+        error=None, protocol=growing.protocol, environment=growing.environment, command="", precision="float32",
+        batch_size_users=32, history_tokens=9, steps=4, items=30, width=16, top20_overlap_fraction=1.0,
+        overlap_with="cached", noise="drawn",
+    )  # fmt: skip
+    failed = engine.model_copy(update={"path": "triton", "timing": None, "error": "no"})
+    chart, other = charts_of_kind(
+        [engine, engine.model_copy(update={"batch_size_users": 1}), failed, engine.model_copy(update={"steps": 32})]
+    )
+    assert (chart.title, other.title) == (
+        "Time against batch, 30 items, 4 steps", "Time against batch, 30 items, 32 steps",
+    )  # fmt: skip
+    assert [(line.name, line.x, line.y) for line in chart.lines] == [("cached", [1.0, 32.0], [2.0, 2.0])]
+
+    trained = TrainingTiming(
+        step_ms_p50=1.0, step_ms_p95=1.0, window_medians_ms=[1.0], steps=1, tokens_per_second=500.0,
+        users_per_second=50.0, epoch_steps=1, epoch_seconds=1.0, peak_memory_mib=None, peak_memory_meaning="",
+    )  # fmt: skip
+    training = TrainingRecord(
+        measured_at_utc="2026-01-01T00:00:00+00:00", model="adrec", batch_size_users=128, precision="32-true", width=16,
+        items=30, timing=trained, error=None, dataset_name="tiny", dataset_fingerprint="f", device="cpu", threads=1,
+        clock="wall clock", environment=growing.environment, command="",
+    )  # fmt: skip
+    (speed,) = charts_of_kind([training])
+    assert [(line.name, line.x, line.y) for line in speed.lines] == [("adrec, 32-true", [128.0], [500.0])]
+
+    compressed = [each for each in read_any(COMPRESSED) if isinstance(each, CompressRecord)]
+    small, large = charts_of_kind(compressed)
+    assert "batch of 1 user" in small.title
+    shown = {point for line in large.lines for point in zip(line.x, line.y, strict=True)}
+    expected = {
+        (time.latency_ms_p50, each.accuracy.ndcg20_kept_percent.value)
+        for each in compressed
+        if (time := each.timing(512)) and each.accuracy and each.accuracy.ndcg20_kept_percent
+    }
+    assert shown == expected
+    assert len(shown) > 10
 
 
 def test_machines_have_tables_of_their_own(served: list[ServingRecord]) -> None:

@@ -28,6 +28,7 @@ from bench.profiling.record import ProfileRecord
 from bench.profiling.stages import StageClock, probed, stage_times, step_name, timed_request
 from bench.profiling.steps import advice, steps_table
 from bench.profiling.trace import check_trace, clean_trace, record_trace
+from bench.recommendation import budget_table
 from bench.record import Estimate, TradeoffRecord
 from bench.subject import load_subject
 from bench.timing import Clock, TimingProtocol
@@ -276,3 +277,25 @@ def test_advice_names_the_knee_and_says_when_it_is_noise(tiny_records: list[Trad
     assert "Within 0.1 ms: none of 3 settings" in " ".join(advice(rows, 0.1))
     assert steps_table([*rows, tiny_records[0]]).row_count == 4
     assert len(advice([tiny_records[0]])) == 1
+
+
+def test_advice_without_what_is_kept_names_no_knee(tiny_records: list[TradeoffRecord]) -> None:
+    base = next(each for each in tiny_records if each.engine == "cached" and each.batch_size_users == 8)
+    rows = [row(base, steps, float(steps), 0.0, 0.0) for steps in (1, 2, 4)]
+    unknown = [
+        each.model_copy(update={"accuracy": each.accuracy.model_copy(update={"ndcg20_kept_percent": None})})
+        for each in rows
+        if each.accuracy
+    ]
+    (sentence,) = advice(unknown, 3.0)
+    assert sentence.startswith("No row says what it keeps of the exact step count's NDCG@20, which is 0 or was not")
+    assert budget_table(unknown)[0][2] == "none"
+    low = [
+        each.model_copy(
+            update={"accuracy": each.accuracy.model_copy(
+                update={"ndcg20_kept_percent": Estimate(value=90.0, low=80.0, high=95.0)})}
+        )
+        for each in rows
+        if each.accuracy
+    ]  # fmt: skip
+    assert advice(low)[0] == "No setting surely keeps 99 % of the exact step count's NDCG@20: nothing is chosen."

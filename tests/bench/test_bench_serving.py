@@ -152,6 +152,14 @@ def test_what_makes_figures_invalid() -> None:
     assert complaints(Served([1.0], [1], 61.0, 61.0), Extent(60.0, 1), arrivals=False) == []
 
 
+@pytest.mark.parametrize(("late", "valid"), [(0, True), (1, True), (2, False)])
+def test_a_bound_is_kept_by_the_99th_percentile(late: int, valid: bool) -> None:
+    served = Served([10.0] * (100 - late) + [10.5] * late, [1] * 100, seconds=1.0, busy_seconds=0.1)
+    found = complaints(served, Extent(0.5, 5), arrivals=True, bound_ms=10.0)
+    assert found == ([] if valid else ["98.0% of the queries, of at least 99%, took 10 ms or less"])
+    assert complaints(served, Extent(0.5, 5), arrivals=True) == []
+
+
 def test_summary_by_hand() -> None:
     served = Served([float(n) for n in range(1, 101)], [2] * 50, seconds=10.0, busy_seconds=5.0, queue_most=7)
     found = summarise(served, [], 90.0)
@@ -176,7 +184,7 @@ def subject(tiny_run: Path) -> Subject:
 
 
 def test_records_of_all_scenarios(subject: Subject, tmp_path: Path) -> None:
-    policy = Policy(Extent(0.0, 12, seconds_most=30.0), batch_most=4, rate=1000.0)
+    policy = Policy(Extent(0.0, 12, seconds_most=30.0), batch_most=4, rate=1000.0, latency_bound_ms=1e6)
     bench = ServingBench(subject, policy, torch.device("cpu"), "adrec bench")
     records = [bench.record(scenario, "cached", 2, silent) for scenario in ("single stream", "server", "offline")]  # type: ignore[arg-type]
     for record in records:
@@ -205,9 +213,15 @@ def test_a_load_sets_the_rate_and_an_error_is_a_record(subject: Subject) -> None
     bench = ServingBench(subject, policy, torch.device("cpu"), "adrec bench", with_accuracy=False)
     found = bench.record("server", "cached", 1, silent)
     assert found.demand.load == 0.25
+    assert found.summary is not None
+    assert (found.demand.latency_bound_ms, found.summary.bound_met_fraction) == (None, None)
     assert (found.demand.arrivals_per_second or 0.0) > 0.0
     assert ("load", "0.25") in row_of(found).key
     failed: ServingRecord = bench.record("offline", "cached", 99, silent)
     assert failed.summary is None
     assert str(failed.error).startswith("ConfigError: ")
-    assert bench.record("offline", "warp", 1, silent).error is not None
+    warp = bench.record("offline", "warp", 1, silent)
+    assert warp.error is not None
+    # The precision is the engine's, not that of the run's table.
+    low = bench.record("offline", "triton-bf16", 1, silent)
+    assert [each.precision for each in (found, warp, low)] == ["float32", "unknown", "bfloat16"]

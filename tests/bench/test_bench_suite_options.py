@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.suites import conftest
+from bench.suites.measured import ITEMS, subject_of_run, trained_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +50,16 @@ def test_wrong_options_are_usage_errors(tiny_run: Path, options: dict[str, Any],
         start(**given)
     assert "\n" not in str(caught.value)
     assert " --data" not in str(caught.value)
+
+
+def test_without_a_run_a_small_one_is_trained(tmp_path: Path) -> None:
+    found = subject_of_run(trained_run(tmp_path), None, None)
+    record = found.record("cached", 32, 1)
+    assert record.accuracy is not None
+    # A list drawn at random holds a tenth of the targets.
+    assert record.accuracy.metrics_percent["HR@20"].low > 100 * 20 / ITEMS
+    assert (record.steps, record.exact_steps, record.precision) == (32, 32, "float32")
+    assert found.accuracy("cached", 32) is record.accuracy
 
 
 def test_pytest_prints_one_line(tmp_path: Path) -> None:
