@@ -16,11 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from adrec.versions import installed_versions
 
 GIBIBYTE = 2**30
-
-
-INSTRUCTIONS = frozenset(
-    ["avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve", "sve2"]
-)
+_X86 = {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"}
+_ARM = {"asimddp", "i8mm", "bf16", "sve", "sve2"}
+INSTRUCTIONS = _X86 | _ARM
 
 
 class Frozen(BaseModel):
