@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adrec.models.layout import Layout
 from adrec.schedule import DiffusionTable
 from kernels import philox
+
+if TYPE_CHECKING:
+    # `adrec.models` imports this module.
+    from adrec.models.layout import Layout
 
 
 @dataclass(frozen=True)

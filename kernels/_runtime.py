@@ -214,11 +214,17 @@ def require(condition: bool, message: str) -> None:
         raise UnsupportedError(message)
 
 
-def require_offsets(name: str, offsets: Tensor, count: int) -> None:
-    """Raise UnsupportedError unless offsets rise from 0 to ``count``; on a CPU only: reading others would stall."""
+def require_offsets(name: str, offsets: Tensor, count: int, *, shortest: int = 0, spare: bool = False) -> None:
+    """Raise UnsupportedError unless offsets rise from 0 to ``count``; on a CPU only: reading others would stall.
+
+    shortest: the least by which each rises. spare: they may end before ``count``.
+    """
     if offsets.device.type != "cpu" or recording() or not offsets.numel() or torch.compiler.is_compiling():
         return
     steps = offsets[1:] - offsets[:-1]
-    fits = int(offsets[0]) == 0 and int(offsets[-1]) == count and (not steps.numel() or int(steps.min()) >= 0)
+    end = int(offsets[-1])
+    fits = int(offsets[0]) == 0 and (end <= count if spare else end == count)
+    fits = fits and (not steps.numel() or int(steps.min()) >= shortest)
     found = f"{name} is {offsets[:8].tolist()}{'...' if offsets.numel() > 8 else ''}"
-    require(fits, f"{found}; expected to rise from 0 to {count}, the values that they divide")
+    wanted = f"rise from 0 to {count}{' or less' if spare else ''}{f', each by {shortest} or more' if shortest else ''}"
+    require(fits, f"{found}; expected to {wanted}, the values that they divide")

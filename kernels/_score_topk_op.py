@@ -22,10 +22,19 @@ _FLOAT32_CHUNK = 16
 _SMALL_PROGRAMS, _LARGE_PROGRAMS = 1024, 256
 _MOST_SPLITS = 512
 _FEWEST_SPLIT_ITEMS = 1024
+# Shortest lists, in keys. Shorter ones would be compacted too often: those of wide rows, which is done one by one, and
+# those of a large catalogue, whose splits are longer.
+_SHORTEST_LIST, _SHORTEST_WIDE_LIST, _SHORTEST_LARGE_LIST = 128, 256, 512
+# Items of a split for each key of its list, so that lists take at most half the bytes of float32 scores, unless the
+# lists of all rows together hold few keys.
+_SPLIT_ITEMS_A_KEY, _FEW_KEYS = 4, 1 << 20
 # From so many items on, reading the table once for every 16 rows costs more than larger tiles lose.
 _LARGE_CATALOGUE = 1 << 17
 # Results up to which one program merges the lists of a tile, and keys of a row that it merges at a time.
 _ONE_LAUNCH_RESULTS, _CLIMBED_KEYS, _CLIMBED_KEYS_PER_WARP = 128, 512, 256
+# Keys compacted at a time, of as many rows as that gives. With more, programs of 128 registers spill; those of more
+# than 128 columns do with more than one row.
+_COMPACTED_KEYS = 512
 _MERGED_KEYS = 4096
 _KEYS_PER_WARP = 512
 
@@ -36,7 +45,9 @@ class Plan:
 
     lift: multiplied in float32. rows, items: of a tile. chunk: columns multiplied at a time. capacity: keys of a list.
 
-    most: keys kept when a list is compacted. reserved: places of each lane that those take. split_items: of a split.
+    most: keys kept when a list is compacted. reserved: places of each lane that those take. compacted_rows: lists
+    compacted at a time. split_items: of a split.
+
     registers: most a thread may use; left to itself, ptxas spills a few to fit one more block.
 
     best: k rounded up to a power of two. fan: lists merged at a time without another launch, merged_rows: rows at a
@@ -51,6 +62,7 @@ class Plan:
     capacity: int
     most: int
     reserved: int
+    compacted_rows: int
     splits: int
     split_items: int
     registers: int
@@ -73,14 +85,19 @@ def plan(batch: int, items: int, width: int, k: int, rows: torch.dtype, table: t
     tile = 64 if large else 16
     tiles = max(1, cdiv(batch, tile))
     programs = _LARGE_PROGRAMS if large else _SMALL_PROGRAMS
-    splits = min(max(1, programs // tiles), _MOST_SPLITS, max(1, items // _FEWEST_SPLIT_ITEMS))
-    split_items = max(1, cdiv(cdiv(items, splits), _ITEMS)) * _ITEMS
-    lift = rows == torch.float32 or table not in (rows, torch.uint8, torch.int8)
     # A compaction may leave a few keys more than k, which ends its search early.
     most = cdiv(k + 8, _ITEMS) * _ITEMS
-    capacity = 512 if k <= 128 else 1024 if k <= 384 else 2048
+    # Room for half as much again as is kept, or compactions would follow each other.
+    shortest = _SHORTEST_LIST if block_width <= 128 else _SHORTEST_WIDE_LIST
+    shortest = shortest if items < _LARGE_CATALOGUE else _SHORTEST_LARGE_LIST
+    capacity = max(shortest, min(2048, next_power_of_2(5 * most // 2)))
+    affordable = max(items // (_SPLIT_ITEMS_A_KEY * capacity), _FEW_KEYS // (max(1, batch) * capacity))
+    splits = min(programs // tiles, _MOST_SPLITS, items // _FEWEST_SPLIT_ITEMS, affordable)
+    split_items = max(1, cdiv(cdiv(items, max(1, splits)), _ITEMS)) * _ITEMS
+    lift = rows == torch.float32 or table not in (rows, torch.uint8, torch.int8)
     # Blocks of a multiprocessor: 4 or 3 small ones or 2 large ones where nothing spills, otherwise 2 small or 1 large.
-    registers = 128 if large or (capacity == 512 and not lift) else 168
+    roomy = capacity <= 512 and not lift and (block_width <= 128 or table.itemsize > 1)
+    registers = 128 if large or roomy else 168
     if table == torch.uint8 or capacity == 2048 or (large and (lift or table != rows or block_width > 128)):
         registers = 255
     splits, num_warps, best = max(1, cdiv(items, split_items)), 8 if large else 4, next_power_of_2(k)
@@ -94,6 +111,7 @@ def plan(batch: int, items: int, width: int, k: int, rows: torch.dtype, table: t
         capacity=capacity,
         most=most,
         reserved=most // _ITEMS,
+        compacted_rows=max(1, _COMPACTED_KEYS // capacity) if block_width <= 128 else 1,
         splits=splits,
         split_items=split_items,
         registers=registers,
@@ -200,6 +218,7 @@ def _score_topk(
         ROWS=sizes.rows,
         ITEMS=sizes.items,
         CAPACITY=sizes.capacity,
+        COMPACTED_ROWS=sizes.compacted_rows,
         FLOAT8=table.dtype == torch.uint8,
         SCALED=scale is not None,
         EXCLUDES=exclude_items is not None,

@@ -65,20 +65,34 @@ def score_tile(
 
 
 @jit
+def drop_excluded(key, exclude_items_ptr, offsets_ptrs, inside):
+    """Put EMPTY for the keys of each row's excluded items. key: `[ROWS, SIZE]`. offsets_ptrs, inside: `[ROWS]`."""
+    complement = (key & LAST_ID).to(tl.int32)
+    begin = tl.load(offsets_ptrs, mask=inside, other=0)
+    end = tl.load(offsets_ptrs + 1, mask=inside, other=0)
+    for entry in range(tl.max(end - begin)):
+        at = begin + entry
+        excluded = tl.load(exclude_items_ptr + at, mask=at < end, other=-1) ^ LAST_ID
+        key = tl.where(complement == excluded[:, None], EMPTY, key)
+    return key
+
+
+@jit
 def score_splits(
     rows_ptr, table_ptr, scale_ptr, exclude_items_ptr, exclude_offsets_ptr, candidates_ptr, bounds_ptr, arrivals_ptr,
     items_ptr, scores_ptr, B, first, last, k, most, reserved, splits, split_items, groups,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, LIFT: tl.constexpr, ROWS: tl.constexpr,
-    ITEMS: tl.constexpr, CAPACITY: tl.constexpr, FLOAT8: tl.constexpr, SCALED: tl.constexpr, EXCLUDES: tl.constexpr,
-    BEST: tl.constexpr, FAN: tl.constexpr, MERGED_ROWS: tl.constexpr,
+    ITEMS: tl.constexpr, CAPACITY: tl.constexpr, COMPACTED_ROWS: tl.constexpr, FLOAT8: tl.constexpr,
+    SCALED: tl.constexpr, EXCLUDES: tl.constexpr, BEST: tl.constexpr, FAN: tl.constexpr, MERGED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows against one split of the catalogue; leaves the best k keys of each row, unordered.
 
-    candidates: `[B, splits, CAPACITY]` int64, written whole. bounds: `[B, splits]` float32, the k-th best score so far:
-    an item at or below it is not kept, since those before it have lower ids. A row's list has ITEMS lanes of CAPACITY /
-    ITEMS keys; a tile adds one key to a lane at most, so threads append without asking each other, and as many tiles as
-    the fullest lane has room for need no check. Then, seldom, lists are compacted: excluded items are dropped, k to
-    ``most`` keys kept in the first ``reserved`` places of the lanes, and the bounds raised.
+    candidates: `[B, splits, CAPACITY]` int64; at the end a list is its first k keys. bounds: `[B, splits]` float32, the
+    k-th best score so far: an item at or below it is not kept, since those before it have lower ids. A row's list has
+    ITEMS lanes of CAPACITY / ITEMS keys; a tile adds one key to a lane at most, so threads append without asking each
+    other, and as many tiles as the fullest lane has room for need no check. Then, seldom, lists are compacted,
+    COMPACTED_ROWS at a time: excluded items are dropped, k to ``most`` keys kept in the first ``reserved`` places of
+    the lanes, and the bounds raised.
 
     FAN: how many lists `merge_if_last` merges at a time, MERGED_ROWS rows at a time, into items and scores `[B, k]`;
     arrivals: `[tiles, groups]` int32 zeros. FAN 0: lists are left to `merge_splits`.
@@ -144,20 +158,19 @@ def score_splits(
         done = start >= end
         if (room < DEPTH // 4) | done:
             tl.debug_barrier()
-            for index in range(live):
-                list_ptr = (lists_ptr + index * list_stride + tl.arange(0, 1))[:, None]
-                key = tl.load(list_ptr + slots[None, :])
+            for index in range(0, live, COMPACTED_ROWS):
+                some = index + tl.arange(0, COMPACTED_ROWS)
+                some_inside = some < live
+                list_ptrs = (lists_ptr + some * list_stride)[:, None]
+                key = tl.load(list_ptrs + slots[None, :], mask=some_inside[:, None], other=EMPTY)
                 if EXCLUDES:
-                    complement = (key & LAST_ID).to(tl.int32)
-                    offsets_ptr = exclude_offsets_ptr + first_row + index
-                    for entry in range(tl.load(offsets_ptr), tl.load(offsets_ptr + 1)):
-                        excluded = tl.load(exclude_items_ptr + entry) ^ LAST_ID
-                        key = tl.where(complement == excluded, EMPTY, key)
-                worst, kept = keep_best(list_ptr, key, slots, k, tl.where(done, k, most), CAPACITY)
+                    offsets_ptrs = exclude_offsets_ptr + first_row + some
+                    key = drop_excluded(key, exclude_items_ptr, offsets_ptrs, some_inside)
+                # Nothing reads a finished list beyond its first k keys.
+                limit = tl.where(some_inside, tl.where(done, k, CAPACITY), 0)[:, None]
+                worst, kept = keep_best(list_ptrs, key, slots, k, tl.where(done, k, most), limit)
                 bits = order_bits((worst >> 32).to(tl.int32))
-                tl.store(
-                    bound_ptr + index * splits + tl.arange(0, 1), bits.to(tl.float32, bitcast=True), mask=kept >= k
-                )
+                tl.store(bound_ptr + some * splits, bits.to(tl.float32, bitcast=True), mask=some_inside & (kept >= k))
             tl.debug_barrier()
             place = lists + item[:, None] + reserved * ITEMS
             room = DEPTH - reserved

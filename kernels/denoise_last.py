@@ -24,7 +24,7 @@ from kernels._reverse_steps import (
     check_tensors,
     reverse_steps,
 )
-from kernels._runtime import check_seed, require, runs_triton, seed_tensor
+from kernels._runtime import check_seed, require, require_offsets, runs_triton, seed_tensor
 from kernels._scalars import require_integers, require_numbers
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
@@ -65,7 +65,11 @@ def denoise_last(
 
     D is 8 to 256, D / heads 8 to 128, S up to 4095; widths that are no multiple of 16 are right but slow. weights,
     keys_values, pads, offsets, times and coefficients must be contiguous; other inputs are made so. No gradients.
-    A user's result depends on no other user.
+    A user's result depends on no other user. A history may have any number of tokens below 2^31; tested to 200.
+    Offsets are not checked on a GPU, which would wait for it: others than these read elsewhere. On a CPU they are.
+    Scratch memory, with s bytes of the storage dtype: ``4 (3 H' d' + D') + 2 s D'`` bytes for each user, their number
+    rounded up to a multiple of 16 (32 in 16 bits from 2049 users on, D up to 128); H', d' and D' are heads, D / heads
+    and D rounded up to powers of two, D' to 16 or more.
     Users of similar length should stand together: the 16 or 32 of a program wait for the longest. A program reads all
     weights from the second-level cache in every step, whatever its number of users, and that bounds its time: few users
     take about as long as a program of them on every multiprocessor.
@@ -219,6 +223,7 @@ def _check(
     check_tensors([(name, *rest) for name, rest in named.items()])
     tensors = {name: tensor for name, (tensor, _, _) in named.items()}
     check_contiguous(tensors | {"times": times, "coefficients": coefficients})
+    require_offsets("offsets", offsets, tokens, shortest=1, spare=True)
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -45,8 +45,9 @@ def denoise_last_mlp(
     `kernels.denoise_last.denoise_last`; with guidance the second pass has no condition.
 
     D is 8 to 256, S up to 4095. up, up_bias, down, down_bias, norm, times and coefficients must be contiguous; other
-    inputs are made so. Inference only: no gradients. Raises UnsupportedError. Without Triton, or on a CPU, this is
-    `denoise_last_mlp_twin`.
+    inputs are made so. Scratch memory: D, rounded up to a power of two, elements of the dtype of ``up`` for each user,
+    their number rounded up to a multiple of 16. Inference only: no gradients. Raises UnsupportedError. Without Triton,
+    or on a CPU, this is `denoise_last_mlp_twin`.
     """
     require_numbers(norm_epsilon=norm_epsilon, mix_weight=mix_weight, guidance_scale=guidance_scale)
     check_seed(seed, condition.device, needed=noise is None)
@@ -264,6 +265,7 @@ _SHAPES: dict[str, Shape] = {
     "guided, geodesic": _PAPER | {"guided": 1, "geodesic": 1},
     "width 256, guided, geodesic": _PAPER | {"width": 256, "guided": 1, "geodesic": 1},
     "width 32": _PAPER | {"width": 32},
+    "width 64": _PAPER | {"width": 64},
     "width 96": _PAPER | {"width": 96},
     "width 192": _PAPER | {"width": 192},
 }

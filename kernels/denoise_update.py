@@ -364,7 +364,10 @@ ENTRIES = [
         shapes={
             "paper": {"users": 512, "width": 128, "steps": 32},
             "width 256": {"users": 4096, "width": 256, "steps": 32},
+            "width 32": {"users": 512, "width": 32, "steps": 32},
+            "width 64": {"users": 512, "width": 64, "steps": 32},
             "width 96": {"users": 4096, "width": 96, "steps": 1000},
+            "width 192": {"users": 512, "width": 192, "steps": 32},
             "widest": {"users": 33, "width": 4096, "steps": 32},
         },
         inputs=_inputs,

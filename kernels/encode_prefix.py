@@ -24,7 +24,7 @@ from kernels._reverse_steps import (
     check_contiguous,
     check_tensors,
 )
-from kernels._runtime import require, runs_triton
+from kernels._runtime import require, require_offsets, runs_triton
 from kernels._scalars import require_integers, require_numbers
 from kernels.block_weights import BlockWeights, finish_block, pad_weights, split_qkv
 from kernels.inventory import Cost, Entry, Shape
@@ -68,9 +68,13 @@ def encode_prefix(
 
     D is 8 to 256, D / heads 8 to 128. A program takes the users that start in a stretch of the packed tokens, so long
     and short histories may stand in any order; one longer than a chunk (16 to 64 tokens) is one program's work.
-    Needs ``2 n M D`` elements of scratch memory in storage dtype, for n encoder blocks, and some 100 KiB a program. All
-    tensors must be contiguous. Results of a user depend on no other user, up to rounding. Inference only: no gradients.
-    Raises UnsupportedError. Without Triton, or on a CPU, this is `encode_prefix_twin`.
+    A history may have any number of tokens L with ``L D`` below 2^31; tested to 200. Items and offsets are not checked
+    on a GPU, which would wait for it: others than these read and write elsewhere. On a CPU offsets are.
+    Scratch memory, with n encoder blocks and s bytes of the storage dtype: ``2 n M D s`` bytes, and for each program
+    ``R D' (3 s + 8)``, D' being D rounded up to a power of two. A program has R = 16 rows in float32, otherwise 64, 32
+    or 16, and there are ``M / (3 R / 4)`` programs, rounded up.
+    All tensors must be contiguous. Results of a user depend on no other user, up to rounding. Inference only: no
+    gradients. Raises UnsupportedError. Without Triton, or on a CPU, this is `encode_prefix_twin`.
     """
     require_integers(heads=heads, max_length=max_length)
     require_numbers(history_norm_epsilon=history_norm_epsilon, mix_weight=mix_weight)
@@ -263,6 +267,7 @@ def _check(
         named["denoiser_pads"] = (denoiser_pads, [branches, denoiser.blocks, 2, padding, D], stored)
     check_tensors([(name, *rest) for name, rest in named.items()])
     check_contiguous({name: tensor for name, (tensor, _, _) in named.items()})
+    require_offsets("offsets", offsets, items.shape[0], shortest=1, spare=True)
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -74,13 +74,13 @@ def score_splits_plugin(
     rows_ptr, table_ptr, B, splits, split_items, candidates_ptr, bounds_ptr,
     FIRST: tl.constexpr, LAST: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr, RESERVED: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, LIFT: tl.constexpr, ROWS: tl.constexpr,
-    ITEMS: tl.constexpr, CAPACITY: tl.constexpr,
+    ITEMS: tl.constexpr, CAPACITY: tl.constexpr, COMPACTED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """`score_splits` without exclusion, scale or merge; see there. LAST: rows of the table."""
     score_splits(
         rows_ptr, table_ptr, None, None, None, candidates_ptr, bounds_ptr, None, None, None,
         B, FIRST, LAST, K, MOST, RESERVED, splits, split_items, 0,
-        WIDTH, BLOCK_WIDTH, CHUNK, LIFT, ROWS, ITEMS, CAPACITY, False, False, False, 0, 0, 0,
+        WIDTH, BLOCK_WIDTH, CHUNK, LIFT, ROWS, ITEMS, CAPACITY, COMPACTED_ROWS, False, False, False, 0, 0, 0,
     )  # fmt: skip
 
 
@@ -192,6 +192,7 @@ class ScorePlugin:
                 "FIRST": self.first, "LAST": self.count, "K": self.k, "MOST": chosen.most, "RESERVED": chosen.reserved,
                 "WIDTH": self.width, "BLOCK_WIDTH": chosen.block_width, "CHUNK": chosen.chunk, "LIFT": chosen.lift,
                 "ROWS": chosen.rows, "ITEMS": _ITEMS, "CAPACITY": chosen.capacity,
+                "COMPACTED_ROWS": chosen.compacted_rows,
             },
             {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "maxnreg": chosen.registers},
         )  # fmt: skip

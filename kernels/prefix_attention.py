@@ -301,6 +301,7 @@ _SHAPES: dict[str, Shape] = {
     "masked": {**_PAPER, "pads": 0, "bias": 0},
     "long histories": {**_PAPER, "longest": 200, "max_length": 200, "width": 256},
     "heads of 8": {**_PAPER, "width": 32},
+    "heads of 16": {**_PAPER, "width": 64},
     "heads of 24": {**_PAPER, "width": 96},
     "heads of 48": {**_PAPER, "width": 192, "pads": 50, "bias": 0},
     "heads of 128": {**_PAPER, "width": 256, "heads": 2},

@@ -53,10 +53,12 @@ def score_topk(
     the catalogue is split, and -0.0 is 0.0, so ties are exact and results deterministic. An item whose score is NaN or
     -inf is never returned. Where fewer than k items are left: item 0 and score -inf.
 
-    Memory beyond inputs and results: 8 bytes times the lists of all rows and splits, each of 512 keys (k up to 128),
-    1024 (k up to 384) or 2048; lists are at most ``max(B, 16384)``, and 512 a row. Exclusion lists are read a few times
-    by every split: time grows with the longest. Without gradient. Raises UnsupportedError. Without Triton, or on a CPU,
-    this is `score_topk_twin`.
+    Memory beyond inputs and results: 8 bytes for each key and 4 for each list of all rows and splits. A list has
+    ``5 (k + 39)`` keys at most, but never less than 128, for D above 128 than 256, nor in catalogues of 2^17 items or
+    more than 512; there are at most ``max(B, 16384)`` lists, and 512 a row. All lists together take 8 MiB, or half the
+    bytes of the `[B, N]` scores in float32, or one list a row, whichever is the most. Exclusion lists are read a few
+    times by every split: time grows with the longest. Without gradient. Raises UnsupportedError. Without Triton, or on
+    a CPU, this is `score_topk_twin`.
     """
     _check(rows, table, k, scale, exclude_items, exclude_offsets, first, arrivals)
     rows, table = rows.detach(), table.detach()
@@ -201,9 +203,12 @@ def _cost(shape: Shape, dtype: torch.dtype) -> Cost:
 
 _SHAPES: dict[str, Shape] = {
     "paper": {"users": 512, "items": 12301, "width": 128, "results": 20},
+    "fifty results": {"users": 512, "items": 12301, "width": 128, "results": 50},
     "one user": {"users": 1, "items": 12301, "width": 128, "results": 20},
     "wide": {"users": 512, "items": 12301, "width": 256, "results": 20},
     "narrow": {"users": 512, "items": 12301, "width": 64, "results": 10},
+    "width 32": {"users": 512, "items": 12301, "width": 32, "results": 10},
+    "width 192": {"users": 512, "items": 12301, "width": 192, "results": 20},
     "odd width": {"users": 32, "items": 64669, "width": 96, "results": 100},
     "million": {"users": 512, "items": 1_000_000, "width": 128, "results": 20},
     "million, wide": {"users": 512, "items": 1_000_000, "width": 256, "results": 200},
@@ -232,6 +237,10 @@ ENTRIES: list[Entry] = [
         dtypes=TABLE_DTYPES,
         shapes={
             "paper": {"users": 512, "items": 12301, "width": 128, "results": 20, "excluded": 50},
+            "fifty results": {"users": 512, "items": 12301, "width": 128, "results": 50, "excluded": 50},
+            "width 32": {"users": 512, "items": 12301, "width": 32, "results": 10, "excluded": 50},
+            "width 192": {"users": 512, "items": 12301, "width": 192, "results": 20, "excluded": 50},
+            "wide": {"users": 512, "items": 12301, "width": 256, "results": 20, "excluded": 50},
             "million": {"users": 512, "items": 1_000_000, "width": 128, "results": 20, "excluded": 50},
             "candidates": {"users": 16, "items": 1_000_000, "width": 128, "results": 1024, "excluded": 50},
         },

@@ -363,7 +363,9 @@ _SHAPES: dict[str, Shape] = {
         "sequences": 1,
     },
     "narrow": {"tokens": 4352, "width": 32, "items": 12_101, "timesteps": 32},
+    "width 64": {"tokens": 4352, "width": 64, "items": 12_101, "timesteps": 32},
     "width 96": {"tokens": 4352, "width": 96, "items": 12_101, "timesteps": 32, "geodesic": 1},
+    "width 192": {"tokens": 4352, "width": 192, "items": 12_101, "timesteps": 32},
     "a million items": {"tokens": 4352, "width": 128, "items": 1_000_000, "timesteps": 32, "sparse": 1},
     "widest": {"tokens": 512, "width": 4096, "items": 1000, "timesteps": 4095, "geodesic": 1},
 }

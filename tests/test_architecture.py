@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,38 @@ def test_imports_keep_their_direction(path: Path) -> None:
 )
 def test_the_check_can_fail(room: str, source: str) -> None:
     assert violations(room, f"{room}/module.py", source)
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other when they are loaded, so that the order of imports decides whether they can be."""
+    waits: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        waits[name] = set()
+        for node in ast.parse(source).body:
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for wanted in (f"{module}{alias.name}".split(".") for alias in node.names):
+                packages = {".".join(wanted[: depth + 1]) for depth in range(len(wanted))}
+                # A package is already loading when it loads a module of its own.
+                waits[name] |= {each for each in packages & set(sources) if not f"{name}.".startswith(f"{each}.")}
+    try:
+        TopologicalSorter(waits).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_every_module_can_be_imported_first() -> None:
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES}
+    assert circle({name.removesuffix(".__init__"): path.read_text("utf-8") for path, name in names.items()}) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    straight = {"a": "from a import c", "a.b": "import d", "a.c": "", "d": "from a.c import x"}
+    # Importing a.c loads package a first, which loads a.b, which needs d.
+    assert set(circle({**straight, "a": "from a.b import x"})) == {"a", "a.b", "d"}
+    assert circle({**straight, "a": ""}) == []
 
 
 def test_every_room_has_sources() -> None:

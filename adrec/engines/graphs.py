@@ -67,8 +67,8 @@ class FixedRequest:
                 "a request of fixed capacity cannot start from zero and draw noise on the way: the seed lies on the"
                 " device; start from noise, or sample with one step or with ddim and eta 0"
             )
-        if self.table is not None:
-            engine.step_tables(self.table)
+        # A graph reads their memory: the engine keeps only the last tables of each number of steps.
+        self._steps = None if self.table is None else engine.step_tables(self.table)
         self.seed = torch.zeros(1, dtype=torch.int64, device=engine.device)
         # Its own, since requests may run at the same time; made here, so that a graph does not fill it in each replay.
         self._arrivals = torch.zeros(counters(users), dtype=torch.int32, device=engine.device)
@@ -136,7 +136,7 @@ class FixedRequest:
     def _body(self) -> TopK:
         items, offsets, row_keys, places = self._parts(self._buffer)
         state = self.engine.encode_sorted(Jagged(items, offsets))
-        rows = self.engine.sample_sorted(state, self.table, seed=self.seed, row_keys=row_keys)
+        rows = self.engine.sample_sorted(state, self.table, seed=self.seed, row_keys=row_keys, steps=self._steps)
         found = self.engine.top_k(rows, self.k, arrivals=self._arrivals)
         return TopK(found.items[places], found.scores[places])
 
@@ -145,7 +145,11 @@ class FixedRequest:
 
 
 class CapturedRequest(FixedRequest):
-    """A `FixedRequest` captured in a CUDA graph when it is made: a call is one copy in, one replay, two copies out."""
+    """A `FixedRequest` captured in a CUDA graph when it is made: a call is one copy in, one replay, two copies out.
+
+    A replay is the three kernels and two gathers of the results in the order of the request; with 16-bit weights one
+    operator more rounds rows. A seed that is an int is written before, which is a launch of its own.
+    """
 
     @torch.no_grad()
     def __init__(self, engine: TritonEngine, users: int, tokens: int, k: int, steps: Steps) -> None:

@@ -53,7 +53,11 @@ class StepTables:
 
 
 class TritonEngine(Engine):
-    """Three kernel launches a request of up to 128 results, and small ones that sort users by length and back.
+    """Three kernel launches a request of up to 128 results, and small ones that torch makes.
+
+    Those are four copies to the device (items, offsets, order by length, row keys) and four operators: row keys in that
+    order, the seed, rows back in the order of the request, the steps taken. With 16-bit weights rows are rounded by one
+    more. A captured request (`adrec.engines.graphs`) has one copy, and two operators beside the three kernels.
 
     Quantised layers are read as the numbers they stand for, and multiply as this engine's weights do, whatever their
     own ``compute``. A quantised table is scored as it is stored (int4: unpacked).
@@ -162,16 +166,17 @@ class TritonEngine(Engine):
         seed: int | Tensor = 0,
         row_keys: Tensor | None = None,
         noise: Tensor | None = None,
+        steps: StepTables | None = None,
     ) -> Tensor:
         """All reverse steps in one launch, users in the order of ``state``; returns `[B, D]` float32.
 
         seed: an int, or `[1]` int64 on the device, which a captured graph reads anew. row_keys: `[B]` int64. noise:
-        `[S + 1, B, D]` float32 instead of the two.
+        `[S + 1, B, D]` float32 instead of the two. steps: `step_tables` of the table, for a caller that keeps them.
         """
         model = self.model
         if table is None or not isinstance(model, ADRec):
             return state.last
-        steps = self.step_tables(table)
+        steps = self.step_tables(table) if steps is None else steps
         if not table.starts_noisy:
             noise = self._drawn_from_zero(state.last.shape[0], table, seed, row_keys, noise)
         if isinstance(model.denoiser, MLPDenoiser):

@@ -73,7 +73,7 @@ def compile_kernels(
     """Compile every kernel for every target and show registers, spills, shared memory and the occupancy bound.
 
     Exit status: 0 all well; 1 a kernel spills, exceeds the shared memory, does not compile, or is worse than the table
-    of --check; 2 bad input, or nothing can be compiled here.
+    of --check, or not the same although Triton is; 2 bad input, or nothing can be compiled here.
     """
     from rich.progress import Progress
 
@@ -142,10 +142,10 @@ def compile_kernels(
         if each_block_size:
             compiled = {row_key(each) for each in found}
             known = [row for row in known if row.key in compiled]
-        worse = regressions(found, known)
+        worse = regressions(found, known, same_compiler=recorded.triton == version)
         for sentence in worse:
             notes.print(f"worse: {sentence}", markup=False)
-        notes.print(f"{len(worse)} rows worse than {check}", markup=False)
+        notes.print(f"{len(worse)} rows worse than {check}, or not as there", markup=False)
     if out is not None:
         others = [] if kept is None else [row for row in kept.rows if not chosen(row)]
         assemblers = {each.name: assembler_version(each) for each in targets}
@@ -199,7 +199,10 @@ def roofline(
     dtype: DTYPE = None,
     gpu: Annotated[str | None, typer.Option(help="GPUs, comma-separated, such as H100,L4; default: all.")] = None,
     records: Annotated[
-        list[Path] | None, typer.Option(help="Records of `adrec bench kernels`: show what they reach of the floor.")
+        list[Path] | None,
+        typer.Option(
+            help="Records of `adrec bench kernels`: show what they reach of the floor, in a graph where timed."
+        ),
     ] = None,
 ) -> None:
     """Show the least bytes and operations of each kernel, and the least time that they take on named GPUs.
@@ -207,16 +210,16 @@ def roofline(
     Floors are from data sheets: full bandwidth and full arithmetic peak, no launch overhead.
     """
     from bench.kernels.gpus import GPUS
+    from bench.kernels.measure import GRAPH, KERNEL
     from bench.kernels.records import KernelRecord, read_kernel_records
     from bench.kernels.selection import choose_cases, dtype_name, pick_all, sizes_text
 
     gpus = [GPUS[name] for name in ([*GPUS] if gpu is None else pick_all(gpu, GPUS, "--gpu"))]
     cases = choose_cases(kernel, shape, dtype)
-    measured = [
-        each
-        for each in read_kernel_records(records or [])
-        if isinstance(each, KernelRecord) and each.path == "kernel" and each.timing is not None
-    ]
+    read = read_kernel_records(records or [])
+    known = [each for each in read if isinstance(each, KernelRecord) and each.timing is not None]
+    # Last, so that it counts where there are both: without the host's time for a launch.
+    measured = [each for path in (KERNEL, GRAPH) for each in known if each.path == path]
     table = Table("kernel", "shape", "dtype", "MB", "MFLOP", "FLOP/byte", show_lines=True)
     for each in gpus:
         table.add_column(f"{each.name}\nfloor, us", justify="right")
@@ -247,6 +250,8 @@ def _reached(
     measured: Sequence[KernelRecord], kernel: str, shape: dict[str, int], dtype: str, gpus: Sequence[Gpu]
 ) -> list[str]:
     """What records of a kernel reach of its floor, one line each; the last record of a device counts."""
+    from bench.kernels.measure import GRAPH
+
     found: dict[str, str] = {}
     for each in measured:
         if (each.kernel, each.shape, each.dtype) != (kernel, shape, dtype) or each.timing is None:
@@ -255,5 +260,6 @@ def _reached(
             continue
         share = "no floor known" if each.roof.floor_fraction is None else f"{each.roof.floor_fraction:.0%}"
         name = each.roof.gpu or each.protocol.device_name
-        found[name] = f"{name}: {each.timing.latency_us_p50:.3g} us, {share}"
+        where = " in a graph" if each.path == GRAPH else ""
+        found[name] = f"{name}: {each.timing.latency_us_p50:.3g} us, {share}{where}"
     return list(found.values()) or ["-"]

@@ -138,10 +138,14 @@ def read_table(path: Path) -> CompiledTable:
         raise DataError(f"{path}: not a table of compiled kernels ({error}); {way_out}") from None
 
 
-def regressions(kernels: Sequence[CompiledKernel], recorded: Iterable[CompiledRow]) -> list[str]:
+def regressions(
+    kernels: Sequence[CompiledKernel], recorded: Iterable[CompiledRow], *, same_compiler: bool
+) -> list[str]:
     """What got worse against the rows of a table that should be among ``kernels``, one sentence a row.
 
-    A row that is missing here or there counts: only a complete table holds anything.
+    same_compiler: the table is of this version of Triton; then code that differs at all counts, since only a change of
+    the kernel explains it. Of another: spills, too much shared memory and fewer resident warps. A row that is missing
+    here or there counts: only a complete table holds anything.
     """
     known = {row.key: row for row in recorded}
     now = {row.key: row for kernel in kernels if (row := compiled_row(kernel)) is not None}
@@ -149,14 +153,14 @@ def regressions(kernels: Sequence[CompiledKernel], recorded: Iterable[CompiledRo
     for key, row in now.items():
         if key not in known:
             found.append(f"{row.name}: not in the record; write the record again with --out")
-        elif (worse := _worse(row, known[key])) is not None:
+        elif (worse := _worse(row, known[key], same_compiler)) is not None:
             found.append(f"{row.name}: {worse}")
     gone = "in the record, but not compiled: kernel, shape, dtype or target is gone, or compiling failed"
     found.extend(f"{row.name}: {gone}" for key, row in known.items() if key not in now)
     return found
 
 
-def _worse(row: CompiledRow, before: CompiledRow) -> str | None:
+def _worse(row: CompiledRow, before: CompiledRow, same_compiler: bool) -> str | None:
     if row.spills > 0:
         return f"spills {row.spills} bytes a thread (record: {before.spills})"
     if row.shared > row.shared_limit:
@@ -166,4 +170,8 @@ def _worse(row: CompiledRow, before: CompiledRow) -> str | None:
             f"at most {row.warps_bound} resident warps, record {before.warps_bound}: {row.registers} registers"
             f" (record: {before.registers}), {row.shared} bytes of shared memory (record: {before.shared})"
         )
+    if same_compiler and row != before:
+        now, old = row.model_dump(), before.model_dump()
+        changes = ", ".join(f"{name} {now[name]} (record: {old[name]})" for name in now if now[name] != old[name])
+        return f"not as recorded: {changes}; `adrec kernels compile --update --out FILE` records it"
     return None

@@ -147,17 +147,37 @@ def test_an_unusable_table_is_refused(tmp_path: Path, text: str) -> None:
 def test_every_kind_of_regression_is_named(now: Sequence[CompiledKernel], message: str) -> None:
     before = compiled_row(kernel())
     assert before is not None
-    found = regressions(now, [before])
+    found = regressions(now, [before], same_compiler=False)
     assert len(found) == 1
     assert found[0].startswith("scale (scale_kernel), paper, float")
     assert message in found[0]
 
 
-def test_what_is_no_regression() -> None:
+def test_what_is_no_regression_of_another_compiler() -> None:
     before = compiled_row(kernel())
     assert before is not None
     for usage in (USAGE, replace(USAGE, registers=60), replace(USAGE, shared=9000), replace(USAGE, registers=63)):
-        assert regressions([kernel(usage)], [before]) == []
+        assert regressions([kernel(usage)], [before], same_compiler=False) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (kernel(replace(USAGE, registers=63)), "registers 63 (record: 64);"),
+        (kernel(replace(USAGE, shared=2064)), "shared 2064 (record: 2048);"),
+        (kernel(replace(USAGE, stages=3)), "stages 3 (record: 2);"),
+        (kernel(replace(USAGE, warps=2)), "warps 2 (record: 4);"),
+        (kernel(constants={"BLOCK": 128, "KEYED": True}), "'BLOCK': 128, 'KEYED': True} (record: {'BLOCK': 256"),
+    ],
+)
+def test_any_change_counts_where_the_compiler_is_the_same(now: CompiledKernel, message: str) -> None:
+    before = compiled_row(kernel())
+    assert before is not None
+    (found,) = regressions([now], [before], same_compiler=True)
+    assert "not as recorded: " in found
+    assert message in found
+    assert "`adrec kernels compile --update --out FILE` records it" in found
+    assert regressions([kernel()], [before], same_compiler=True) == []
 
 
 @pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
 from adrec.engines import make_engine
 from adrec.engines.graphs import CapturedEngine, CapturedRequest, FixedRequest, token_capacities
@@ -17,6 +20,7 @@ from adrec.engines.triton import TritonEngine
 from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel
 from kernels import _runtime
+from tests.engines.device_operations import DeviceOperations
 
 pytestmark = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,6 +61,23 @@ def test_the_seed_on_the_device_is_read(tiny_model: ModelFactory) -> None:
     assert not torch.equal(found.scores, request(histories, seed=12).scores)
 
 
+def test_other_plans_of_as_many_steps_leave_its_tables_alone(tiny_model: ModelFactory) -> None:
+    """A graph reads the memory of its tables: it must keep them, and not read those of another plan."""
+    engine = engine_of(tiny_model, lambda_uncertainty=1.0)
+    request = FixedRequest(engine, users=2, tokens=10, k=5, steps=3)
+    histories = histories_of([3, 4])
+    expected = request(histories)
+    assert request.table is not None
+    tables = engine.step_tables(request.table)
+    kept = [weakref.ref(tables.times), weakref.ref(tables.coefficients)]
+    del tables
+    engine.recommend(histories, 5, steps=ServingConfig(sampler="ddim", times=(0, 2, 4)))
+    gc.collect()
+    assert all(each() is not None for each in kept)
+    assert torch.equal(request(histories).scores, expected.scores)
+    assert engine.step_tables(request.table).times is not kept[0]()
+
+
 def test_what_does_not_fit_is_refused(tiny_model: ModelFactory) -> None:
     engine = engine_of(tiny_model)
     request = FixedRequest(engine, users=3, tokens=8, k=5, steps=1)
@@ -68,6 +89,20 @@ def test_what_does_not_fit_is_refused(tiny_model: ModelFactory) -> None:
         request(histories_of([2, 0]))
     with pytest.raises(ConfigError, match="a capacity of 2 tokens for 3 users"):
         FixedRequest(engine, users=3, tokens=2, k=5, steps=1)
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-bf16"])
+def test_what_a_replay_launches(tiny_model: ModelFactory, name: str) -> None:
+    """Three kernels, items and scores gathered in the order of the request, and rows rounded to 16 bits."""
+    model = tiny_model(width=32, heads=2, max_length=20, timesteps=6, schedule="sqrt").to("meta")
+    with _runtime.record_launches() as launches, torch.inference_mode():
+        engine = make_engine(name, model)
+        assert isinstance(engine, TritonEngine)
+        request = FixedRequest(engine, users=3, tokens=12, k=5, steps=2)
+        with DeviceOperations() as operations:
+            request._body()
+    assert len(launches) == 3
+    assert operations.names == [*(["to"] if name == "triton-bf16" else []), "index", "index"]
 
 
 @settings(max_examples=40, deadline=None)

@@ -17,7 +17,8 @@ from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel
 from adrec.noise import PhiloxNoise
 from adrec.verify import verify_file
-from kernels import _runtime
+from kernels import _runtime, _score_topk_op
+from tests.engines.device_operations import DeviceOperations
 
 pytestmark = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,13 +133,26 @@ def test_another_table_of_as_many_steps_is_read(tiny_model: ModelFactory) -> Non
     assert not torch.allclose(results[0][0], results[0][1], atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["triton", "triton-bf16"])
 @pytest.mark.parametrize(("items", "k"), [(40, 5), (300_000, 20), (300_000, 128)])
-def test_a_request_is_three_launches(tiny_model: ModelFactory, items: int, k: int) -> None:
-    engine = make_engine("triton", model_of(tiny_model, items=items))
+def test_what_a_request_launches(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, name: str, items: int, k: int
+) -> None:
+    """Three kernels; beside them four copies from the host and a few small operators, each named here."""
+    # The counters of `score_topk` are filled once a CUDA stream.
+    monkeypatch.setattr(_score_topk_op, "zeros_kept", lambda like, count: like.new_empty(count))
+    model = tiny_model(width=32, heads=2, max_length=20, timesteps=6, schedule="sqrt", items=items).to("meta")
+    cast = ["to"] if name == "triton-bf16" else []
     with _runtime.record_launches() as launches:
-        engine.recommend(histories_of(LENGTHS), k, steps=6)
+        engine = make_engine(name, model)
+        engine.step_tables(engine.table(6))
+        with DeviceOperations() as operations:
+            engine.recommend(histories_of(LENGTHS), k, steps=6)
     names = [getattr(each.kernel, "__name__", None) or each.kernel.fn.__name__ for each in launches]
     assert names == ["encode_prefix_kernel", "denoise_last_kernel", "score_splits"]
+    # From the host: row keys, items, offsets and the users' order. Then: row keys in that order, the seed, rows back in
+    # the order of the request, the steps taken.
+    assert operations.names == [*["to"] * 4, "index", "fill_", "index_copy_", "full", *cast]
 
 
 @pytest.mark.parametrize(("width", "heads"), [(288, 4), (16, 4), (512, 2)])

@@ -40,7 +40,7 @@ def test_it_matches_the_twin(kernel_device: torch.device, option: str, dtype: to
 def test_any_width_and_number_of_heads(kernel_device: torch.device, width: int, heads: int) -> None:
     small = {"blocks": 1, "steps": 2, "width": width, "heads": heads}
     check(arguments([2, 7, 1], kernel_device, torch.float16, **small))
-    if width in (20, 96, 128, 192):
+    if width in (20, 64, 96, 128, 192, 256):
         check(arguments([2, 7, 1], kernel_device, **small))
 
 
@@ -91,6 +91,18 @@ def test_long_histories_and_long_padding(kernel_device: torch.device) -> None:
     small = {"width": 16, "blocks": 1, "steps": 2, "max_length": 200}
     for pads in (1, 200):
         check(arguments([200, 1, 77], kernel_device, torch.float16, **small, pads=pads))
+
+
+def test_keys_and_values_beyond_31_bits(kernel_device: torch.device) -> None:
+    """Those of the last of three blocks, of many more tokens than the users have; other pages are never touched."""
+    if kernel_device.type != "cpu":
+        pytest.skip("allocates 5 GiB")
+    small = arguments([2, 7, 1], kernel_device, torch.float16, blocks=3, steps=1)
+    tokens = small["keys_values"].shape[3]
+    # The values of the last block, the sixth plane, start at the element 2^31.
+    keys_values = torch.empty(1, 3, 2, -(-(2**31) // (5 * 32)), 32, dtype=torch.float16)
+    keys_values[:, :, :, :tokens] = small["keys_values"]
+    assert torch.equal(denoise_last(**{**small, "keys_values": keys_values}), denoise_last(**small))
 
 
 def test_no_users(kernel_device: torch.device) -> None:

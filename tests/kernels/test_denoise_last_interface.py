@@ -11,7 +11,7 @@ from kernels import _runtime
 from kernels._denoise_last_op import block_sizes, denoise_last_op
 from kernels._runtime import UnsupportedError, record_launches
 from kernels.denoise_last import ENTRIES, denoise_last, denoise_last_twin
-from tests.kernels.conftest import assert_matches
+from tests.kernels.conftest import COMPILE_BACKEND, assert_matches
 from tests.kernels.denoise_cases import DTYPES, LENGTHS, OPTIONS, arguments, check
 
 
@@ -37,7 +37,7 @@ def test_it_compiles_without_graph_breaks(kernel_device: torch.device) -> None:
     compiled = torch.compile(
         lambda condition: denoise_last(**{**values, "condition": condition, "noise": None}),
         fullgraph=True,
-        backend="aot_eager",
+        backend=COMPILE_BACKEND,
     )
     check(values, compiled(values["condition"]))
 
@@ -69,6 +69,18 @@ def test_the_entry_records_one_launch_and_costs_something() -> None:
     for extra in ({}, {"guided": 1, "geodesic": 1}, {"pads": 50}, {"pads": 0}):
         values = entry.inputs({**small, **extra}, torch.float32, torch.device("cpu"))
         assert_matches(entry.run(**values), entry.twin(**values))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scratch_memory_is_what_it_says(dtype: torch.dtype) -> None:
+    for shape in ENTRIES[0].shapes.values():
+        with record_launches() as launches:
+            denoise_last(**ENTRIES[0].inputs(shape, dtype, torch.device("meta")))
+        found, sizes = launches[0].arguments[20:22], launches[0].options
+        width, heads = sizes["WIDTH"], sizes["HEAD_COUNT"] * sizes["HEAD_WIDTH"]
+        rows = 32 if dtype != torch.float32 and shape["width"] <= 128 and shape["users"] > 2048 else 16
+        users = -(-shape["users"] // rows) * rows
+        assert sum(each.nbytes for each in found) == users * (4 * (3 * heads + width) + 2 * dtype.itemsize * width)
 
 
 def test_the_cost_of_one_token_is_what_it_says() -> None:
@@ -111,6 +123,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "storage": ({"keys_values": torch.zeros(1, 2, 2, 5, 32).half()}, "keys_values is torch.float16; allowed: float32"),
     "pads": ({"pads": torch.zeros(1, 2, 2, 3, 32)}, r"pads has shape \[1, 2, 2, 3, 32\]; expected \[1, 2, 2, 20, 32\]"),
     "offsets": ({"offsets": torch.zeros(2, dtype=torch.int64)}, r"offsets has shape \[2\]; expected \[3\]"),
+    "no tokens of a user": (
+        {"offsets": torch.tensor([0, 5, 5])},
+        r"\[0, 5, 5\]; expected to rise from 0 to 5 or less, ea",
+    ),
+    "beyond the tokens": (
+        {"offsets": torch.tensor([0, 2, 6])},
+        r"offsets is \[0, 2, 6\]; expected to rise from 0 to 5",
+    ),
     "strides": ({"times": torch.zeros(32, 2).t()}, r"times is not contiguous; keep times.contiguous\(\) between calls"),
     "devices": (
         {"offsets": torch.zeros(3, dtype=torch.int64, device="meta")},

@@ -21,7 +21,7 @@ from kernels import _runtime, philox
 from kernels import denoise_last_mlp as module
 from kernels._runtime import UnsupportedError, record_launches
 from kernels.denoise_last_mlp import denoise_last_mlp, denoise_last_mlp_twin
-from tests.kernels.conftest import assert_matches, embedded, guarded
+from tests.kernels.conftest import COMPILE_BACKEND, assert_matches, embedded, guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -192,7 +192,9 @@ def test_the_operator_is_registered_well(kernel_device: torch.device, noise: boo
 def test_it_compiles_without_graph_breaks(kernel_device: torch.device) -> None:
     values = arguments(3, kernel_device, width=16)
     compiled = torch.compile(
-        lambda condition: denoise_last_mlp(**{**values, "condition": condition}), fullgraph=True, backend="aot_eager"
+        lambda condition: denoise_last_mlp(**{**values, "condition": condition}),
+        fullgraph=True,
+        backend=COMPILE_BACKEND,
     )
     check(values, compiled(values["condition"]))
 

@@ -65,7 +65,7 @@ def compare(values: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [9, 20, 96, 128, 256])
+@pytest.mark.parametrize("width", [9, 20, 32, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("users", [1, 67])
 def test_the_kernel_matches_its_twin(kernel_device: torch.device, users: int, width: int, dtype: torch.dtype) -> None:
     compare(arguments(kernel_device, users=users, width=width, dtype=dtype))

@@ -138,13 +138,23 @@ def test_it_matches_the_twin(kernel_device: torch.device, option: str, dtype: to
 
 
 @pytest.mark.parametrize(
-    ("width", "heads"), [(8, 1), (16, 2), (24, 3), (96, 3), (128, 1), (128, 4), (192, 6), (256, 4)], ids=str
+    ("width", "heads"), [(8, 1), (16, 2), (24, 3), (64, 2), (96, 3), (128, 1), (128, 4), (192, 6), (256, 4)], ids=str
 )
 def test_any_width_and_number_of_heads(kernel_device: torch.device, width: int, heads: int) -> None:
     small = {"blocks": 1, "denoiser_blocks": 2, "width": width, "heads": heads}
     check(arguments([2, 5], kernel_device, torch.float16, **small))
     if width <= 128:
         check(arguments([2, 5], kernel_device, **small))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 6), (256, 8)], ids=str)
+def test_wide_models_in_float32(kernel_device: torch.device, width: int, heads: int) -> None:
+    check(arguments([2, 5], kernel_device, blocks=1, denoiser_blocks=1, width=width, heads=heads))
+
+
+def test_histories_of_200_items_with_a_pad_row_each(kernel_device: torch.device) -> None:
+    size = {"max_length": 200, "width": 16, "heads": 1, "blocks": 1, "denoiser_blocks": 2}
+    check(arguments([200, 1, 77], kernel_device, torch.float16, pads=200, positions=True, **size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,6 +178,19 @@ def test_more_users_than_one_round_of_the_search_reads(kernel_device: torch.devi
     size = {"width": 8, "heads": 1, "blocks": 1, "denoiser_blocks": 1}
     lengths = [1 + index % 3 for index in range(300)]
     check(arguments(lengths, kernel_device, torch.float16, **size))
+
+
+def test_item_rows_beyond_31_bits(kernel_device: torch.device) -> None:
+    """The last rows of a table of more than 2^31 elements, whose other pages are never touched."""
+    if kernel_device.type != "cpu":
+        pytest.skip("allocates 4 GiB")
+    small = arguments([2, 5], kernel_device, torch.float16, blocks=1)
+    first = 2**31 // 32
+    table = torch.empty(first + ITEMS + 1, 32, dtype=torch.float16)
+    table[first:] = small["table"]
+    expected = encode_prefix(**small)
+    found = encode_prefix(**{**small, "table": table, "items": small["items"] + first})
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_histories_as_long_as_allowed_have_no_padding(kernel_device: torch.device) -> None:
@@ -293,6 +316,19 @@ def test_entries_record_one_launch_and_cost_something(name: str) -> None:
     check(values, entry.twin(**values))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scratch_memory_is_what_it_says(dtype: torch.dtype) -> None:
+    for shape in module.ENTRIES[0].shapes.values():
+        given = module.ENTRIES[0].inputs(shape, dtype, torch.device("meta"))
+        with record_launches() as launches:
+            encode_prefix(**given)
+        cache, *others = (launches[0].arguments[place] for place in (28, 31, 32))
+        rows, width, tokens = (launches[0].options["TILE"], launches[0].options["WIDTH"], len(given["items"]))
+        programs, size = -(-tokens // (rows * 3 // 4)), dtype.itemsize
+        assert cache.nbytes == 2 * shape["blocks"] * tokens * shape["width"] * size
+        assert sum(each.nbytes for each in others) == programs * rows * width * (3 * size + 8)
+
+
 def test_the_cost_of_the_paper_is_what_it_says() -> None:
     paper = dict(module.ENTRIES[0].shapes["paper"], users=1, length=1, pads=0)
     # One token: two encoder blocks, and of the denoiser nothing, for it has no prefix.
@@ -315,6 +351,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "items": ({"items": torch.zeros(2, 3, dtype=torch.int64)}, r"items has shape \[2, 3\]; expected \[M\], packed"),
     "items dtype": ({"items": torch.zeros(5, dtype=torch.int32)}, "items is torch.int32; allowed: int64"),
     "offsets": ({"offsets": torch.zeros(0, dtype=torch.int64)}, r"offsets has shape \[0\]; expected \[B \+ 1\]"),
+    "no tokens of a user": (
+        {"offsets": torch.tensor([0, 5, 5])},
+        r"\[0, 5, 5\]; expected to rise from 0 to 5 or less, ea",
+    ),
+    "not from 0": ({"offsets": torch.tensor([1, 2, 5])}, r"offsets is \[1, 2, 5\]; expected to rise from 0 to 5"),
     "positions": ({"positions": torch.zeros(19, 32)}, r"positions has shape \[19, 32\]; expected \[20, 32\]"),
     "mixed dtypes": ({"positions": torch.zeros(20, 32).half()}, "positions is torch.float16; allowed: float32"),
     "norm": ({"history_norm": torch.zeros(2, 32).half()}, "history_norm is torch.float16; allowed: float32"),

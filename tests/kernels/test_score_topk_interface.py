@@ -22,7 +22,7 @@ from kernels.score_topk import (
     score_topk,
     score_topk_twin,
 )
-from tests.kernels.conftest import guarded
+from tests.kernels.conftest import COMPILE_BACKEND, guarded
 from tests.kernels.topk_cases import check_close, check_exact, exclusions, problem
 
 CPU = torch.device("cpu")
@@ -99,8 +99,7 @@ def test_the_compiler_sees_one_operator(kernel_device: torch.device) -> None:
         return items + 1, scores
 
     values = problem(kernel_device, batch=3, items=40, whole=True)
-    backend = "inductor" if kernel_device.type == "cuda" else "aot_eager"
-    found = torch.compile(best, fullgraph=True, backend=backend)(**values)
+    found = torch.compile(best, fullgraph=True, backend=COMPILE_BACKEND)(**values)
     assert all(torch.equal(one, other) for one, other in zip(found, best(**values), strict=True))
 
 
@@ -116,6 +115,14 @@ def test_any_plan_covers_the_catalogue_in_bounded_memory(
     assert (found.splits - 1) * found.split_items < max(1, items) <= found.splits * found.split_items
     assert batch * found.splits <= max(batch, 16384)
     assert found.splits <= 512
+    # Keys and bounds of all lists: 8 MiB, half the bytes of all float32 scores, or one list a row; and a multiple of
+    # the results of a large batch.
+    scratch, one_list = batch * found.splits * (8 * found.capacity + 4), 8 * batch * found.capacity
+    assert scratch <= 1.01 * max(8 << 20, batch * items * 4 / 2, one_list)
+    least = 512 if items >= 1 << 17 else 128 if width <= 128 else 256
+    assert found.capacity <= max(least, 5 * (k + 39))
+    assert scratch <= max(batch, 16384) * (8 * max(least, 5 * (k + 39)) + 4)
+    assert found.compacted_rows == (max(1, 512 // found.capacity) if width <= 128 else 1)
     depth = found.capacity // found.items
     assert k <= found.most <= found.reserved * found.items
     # After a compaction a run of tiles is longer than what triggers the next one.
@@ -148,9 +155,12 @@ def test_entries_run_without_values_and_within_the_memory_they_promise(entry: En
             assert items.shape == scores.shape == (shape["users"], shape["results"])
             given = {value.data_ptr() for value in inputs.values() if isinstance(value, torch.Tensor)}
             assert given == {0}
-            candidates = launches[0].arguments[5]
-            assert candidates.numel() <= max(shape["users"], 16384) * 2048
+            candidates, bounds = launches[0].arguments[5:7]
             assert candidates.shape[0] == shape["users"]
+            # At the paper's shape a quarter of the bytes of all scores.
+            scores_bytes = 4 * shape["users"] * shape["items"]
+            most = scores_bytes / 4 * 1.01 if shape is entry.shapes["paper"] else max(8 << 20, scores_bytes / 2 * 1.01)
+            assert candidates.nbytes + bounds.nbytes <= most
             assert len(launches) == 1 if shape["results"] <= 128 else 2 <= len(launches) <= 6
             cost = entry.cost(shape, dtype)
             assert cost.flops == 2 * shape["users"] * shape["items"] * shape["width"]

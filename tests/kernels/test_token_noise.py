@@ -79,7 +79,7 @@ def compare(values: dict[str, Any]) -> TokenNoised:
 
 @pytest.mark.parametrize("geodesic", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 20, 96, 128, 256])
+@pytest.mark.parametrize("width", [1, 20, 32, 64, 96, 128, 192, 256])
 def test_the_kernel_matches_its_twin(
     kernel_device: torch.device, width: int, dtype: torch.dtype, geodesic: bool
 ) -> None:

@@ -63,6 +63,14 @@ def test_every_gradient_matches_the_twins(
     compare(values, to_z, to_x)
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(32, torch.float32), (64, torch.bfloat16), (128, torch.float16), (256, torch.float32)], ids=str
+)
+def test_gradients_at_the_other_widths_of_models(kernel_device: torch.device, width: int, dtype: torch.dtype) -> None:
+    values = arguments(kernel_device, width=width, dtype=dtype, geodesic=True)
+    compare(values, *upstream(values))
+
+
 @pytest.mark.parametrize("geodesic", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("given", ["steps", "gaussian", "sequences"])
