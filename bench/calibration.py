@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from adrec.environment import Environment, Frozen, read_environment
 from adrec.errors import DataError
-from bench.environment import Environment, Frozen, read_environment
 from bench.json_lines import LineWriter, read_json_lines
 from bench.timing import DeviceClock, Series, TimingProtocol, WallClock, clock_for, measure_interleaved
 

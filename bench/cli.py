@@ -73,7 +73,7 @@ def tradeoff(
 
     Exit status 1 when a row failed, 2 for bad input.
     """
-    from bench.environment import printable_command
+    from adrec.environment import printable_command
     from bench.subject import Split
     from bench.timing import TimingProtocol
     from bench.tradeoff import run_tradeoff
@@ -116,8 +116,8 @@ def report(
     ] = None,
 ) -> None:
     """Write a self-contained HTML report, with Markdown and PNG beside it."""
+    from adrec.environment import printable_command
     from bench.archive import read_any
-    from bench.environment import printable_command
     from bench.report import write_report
     from bench.running.journal import NAME
 
@@ -133,7 +133,7 @@ def report(
 
 def env(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Describe the machine, the versions and the revision, as records do."""
-    from bench.environment import read_environment
+    from adrec.environment import read_environment
 
     environment = read_environment().model_dump(mode="json")
     if json_:

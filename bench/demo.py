@@ -41,8 +41,8 @@ def demo(
     """Synthesise data, train the three stages, measure accuracy and latency against steps, write the report."""
     from adrec.config import RunConfig, parse
     from adrec.data.synthesize import synthetic_dataset
+    from adrec.environment import printable_command
     from adrec.training.stages import train_run
-    from bench.environment import printable_command
     from bench.report import write_report
     from bench.timing import TimingProtocol
     from bench.tradeoff import run_tradeoff

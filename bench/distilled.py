@@ -17,12 +17,12 @@ from adrec.checkpoint import Run, load_run
 from adrec.config import ServingConfig
 from adrec.data.of_run import open_data
 from adrec.engines import CachedEngine
+from adrec.environment import Environment, Frozen, printable_command, read_environment
 from adrec.evaluation import Evaluation, evaluate, kept_percent
 from adrec.files import check_output, write_text
 from adrec.models.adrec import ADRec
 from adrec.respacing import Steps
 from bench.accuracy import estimates
-from bench.environment import Environment, Frozen, printable_command, read_environment
 from bench.record import Estimate
 from compress.api import read_compression
 from compress.technique import Change, parameter_count

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
+from adrec.environment import Environment
 from bench.chart import Chart
-from bench.environment import Environment
 from bench.html_tables import Cell, Head, TableRow, anchor_link, heading, scroll_box, sortable_table
 from bench.recommendation import budget_table, counted, recommendation
 from bench.record import TradeoffRecord

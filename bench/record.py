@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bench.environment import Environment, Frozen
+from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
 
 BASELINE_MODEL = "sasrec+"

@@ -22,9 +22,9 @@ from adrec.comparison import KEPT, Comparison, Split
 from adrec.config import ServingConfig
 from adrec.data.dataset import Dataset
 from adrec.data.of_run import open_data
+from adrec.environment import Environment, Frozen, printable_command, read_environment
 from adrec.errors import ConfigError
 from adrec.files import check_output, write_text
-from bench.environment import Environment, Frozen, printable_command, read_environment
 from compress.technique import METRIC
 
 SPLITS: tuple[Split, ...] = ("test", "validation")

@@ -11,12 +11,12 @@ from functools import partial
 import torch
 
 from adrec.engines import Engine, make_engine
+from adrec.environment import Environment, read_environment
 from adrec.evaluation import Evaluation, popularity_evaluation, top_overlap
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook, estimates
 from bench.cells import Cell, GroupTimer
 from bench.compression.networks import FLOAT
-from bench.environment import Environment, read_environment
 from bench.guest import Guest
 from bench.places import pack_places
 from bench.plan import Plan

@@ -85,9 +85,9 @@ def calibrate(
     """Measure a workload against itself and say the smallest difference that this machine can tell."""
     from adrec.devices import check_device
     from adrec.engines import ENGINES
+    from adrec.environment import printable_command
     from adrec.files import check_output
     from bench import calibration as noise
-    from bench.environment import printable_command
     from bench.kernels.selection import pick
     from bench.progress import SweepProgress
     from bench.timing import TimingProtocol

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 
+from adrec.environment import Environment
 from adrec.errors import DataError
 from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord
 from bench.compression.record import CompressRecord
-from bench.environment import Environment
 from bench.kernels.records import EngineRecord, KernelRecord, Measured, Measuring, PathTiming
 from bench.profiling.record import ProfileRecord
 from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord

@@ -39,6 +39,7 @@ def bench_compress(
     from adrec.checkpoint import load_run
     from adrec.commands.options import integers
     from adrec.data.of_run import open_data
+    from adrec.environment import printable_command
     from adrec.errors import ConfigError, nearest
     from adrec.files import check_output, write_text
     from bench.compression.held_against import REFERENCE, HeldAgainst
@@ -46,7 +47,6 @@ def bench_compress(
     from bench.compression.session import check_engines
     from bench.compression.tables import csv_table, markdown_table
     from bench.console import wide_console
-    from bench.environment import printable_command
     from bench.json_lines import json_line
     from bench.timing import TimingProtocol
     from bench.tradeoff import pinned_threads

@@ -14,6 +14,7 @@ from adrec.checkpoint import Run, model_fingerprint
 from adrec.data.dataset import Dataset, Examples
 from adrec.engines import ENGINES, CachedEngine, make_engine
 from adrec.engines.exported_engine import ExportedEngine
+from adrec.environment import Environment, read_environment
 from adrec.evaluation import Evaluation, evaluate, kept_percent, top_overlap
 from adrec.models.base import SequenceModel
 from adrec.respacing import Steps, step_count
@@ -21,7 +22,6 @@ from bench.accuracy import RESULTS, estimates
 from bench.compression.networks import FLOAT, file_bytes, network_name, state_of, stored_precision
 from bench.compression.record import CompressAccuracy, CompressRecord, CompressTiming
 from bench.compression.stopwatch import Served, recommend
-from bench.environment import Environment, read_environment
 from bench.places import pack_places
 from bench.record import BASELINE_MODEL, Estimate, MeasuringProtocol
 from bench.subject import batch_count, draw_batches

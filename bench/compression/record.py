@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bench.environment import Environment, Frozen
+from adrec.environment import Environment, Frozen
 from bench.record import Accuracy, Estimate, MeasuringProtocol
 
 

@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from adrec.checkpoint import RUN_FILE, Run
 from adrec.data.dataset import Dataset, tool_version
 from adrec.engines import ENGINES, make_engine
+from adrec.environment import read_environment
 from adrec.errors import ConfigError, nearest
 from adrec.evaluation import evaluate, kept_percent
 from adrec.files import check_output_folder
 from bench.compression.stopwatch import Served, Stopwatch
-from bench.environment import read_environment
 from bench.timing import Clock, TimingProtocol
 from compress.api import Compression, compression_of, read_compression, write_compressed
 from compress.budget import Budget, Timing

@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 
+from adrec.environment import Frozen
 from bench.compression.record import CompressRecord, CompressTiming
 from bench.compression.slower import slower_sentences
-from bench.environment import Frozen
 from bench.markdown import escaped
 from bench.record import Estimate
 

@@ -52,9 +52,9 @@ def bench_kernels(
 
     With --engines: whole engines on a random model. Exit status 1 when a row failed, 2 for bad input.
     """
+    from adrec.environment import printable_command
     from adrec.errors import ConfigError
     from adrec.files import check_output
-    from bench.environment import printable_command
     from bench.kernels.measure import KernelBench, Timer
     from bench.kernels.selection import choose_cases, choose_entries
     from bench.progress import SweepProgress

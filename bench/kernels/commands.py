@@ -77,10 +77,10 @@ def compile_kernels(
     """
     from rich.progress import Progress
 
+    from adrec.environment import printable_command
     from adrec.errors import ConfigError, NotSupportedError
     from adrec.files import check_output
     from adrec.versions import installed_versions
-    from bench.environment import printable_command
     from bench.kernels.compiled_table import CompiledTable, made_by, read_table, regressions, row_key, write_table
     from bench.kernels.selection import choose_cases, dtype_name, pick_all
     from kernels.compilation import CompilationError, compile_cases

@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from adrec.data.json_text import parse_json
+from adrec.environment import Frozen
 from adrec.errors import DataError
 from adrec.files import write_text
-from bench.environment import Frozen
 from bench.kernels.selection import dtype_name
 from kernels.compilation import CompiledKernel
 from kernels.inventory import entries

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.environment import Environment, read_environment
+from adrec.environment import Environment, read_environment
 from bench.kernels.gpus import gpu_of_device
 from bench.kernels.records import KernelRecord, Measuring, PathTiming, Roof
 from bench.kernels.selection import dtype_name

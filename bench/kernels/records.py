@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from bench.environment import Environment, Frozen
+from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
 from bench.record import Estimate
 

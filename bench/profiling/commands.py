@@ -34,8 +34,8 @@ def profile(
     """Break a request down into stages, each against its floor on this machine, and record a trace for Perfetto."""
     from adrec.devices import check_device
     from adrec.engines import ENGINES
+    from adrec.environment import printable_command
     from adrec.files import check_output_folder
-    from bench.environment import printable_command
     from bench.kernels.selection import pick
     from bench.profiling.page import console_table, sentences, subtitle
     from bench.profiling.profile import Profiler, write_profile
@@ -80,7 +80,7 @@ def profile_steps(
     """
     from adrec.commands.options import integers
     from adrec.engines import ENGINES
-    from bench.environment import printable_command
+    from adrec.environment import printable_command
     from bench.kernels.selection import pick
     from bench.profiling.steps import advice, steps_table
     from bench.report import write_report

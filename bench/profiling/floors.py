@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from adrec.config import ModelConfig
-from bench.environment import Frozen
+from adrec.environment import Frozen
 from bench.timing import Clock, TimingProtocol, clock_for, measure_interleaved
 from kernels.inventory import Cost
 

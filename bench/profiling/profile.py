@@ -13,9 +13,9 @@ import torch
 from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, TopK, make_engine
+from adrec.environment import read_environment
 from adrec.errors import ConfigError
 from adrec.respacing import Steps, sampler_name, step_count
-from bench.environment import read_environment
 from bench.kernels.measure import now_utc
 from bench.profiling.floors import Rates, measure_rates, stage_costs
 from bench.profiling.record import ProfileRecord, Stage

@@ -15,10 +15,10 @@ from adrec.checkpoint import WEIGHTS, load_run, save_run
 from adrec.data.dataset import Dataset
 from adrec.data.of_run import open_data
 from adrec.engines import CachedEngine
+from adrec.environment import printable_command, read_environment
 from adrec.evaluation import evaluate, kept_percent
 from adrec.files import write_text
 from adrec.models.base import SequenceModel
-from bench.environment import printable_command, read_environment
 from bench.quantization.timings import engine_rows, layer_rows, scoring_rows
 from compress import item_table, quantize
 from compress.item_table import ItemTableConfig

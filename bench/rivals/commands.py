@@ -38,9 +38,9 @@ def bench_recbole(
     are to the run at one step in `cached`. Exit status 1 when a row or RecBole failed, 2 for bad input.
     """
     from adrec.commands.options import integers
+    from adrec.environment import printable_command
     from adrec.files import check_output
     from bench.console import wide_console
-    from bench.environment import printable_command
     from bench.progress import SweepProgress
     from bench.rivals.sweep import recbole_sweep
     from bench.running.session import write_whole

@@ -85,8 +85,8 @@ def run_suites(
     goes on, and tries again what failed.
     """
     from adrec.devices import check_device
+    from adrec.environment import printable_command
     from adrec.files import check_output_folder
-    from bench.environment import printable_command
     from bench.kernels.engine_paths import check_paths
     from bench.progress import SweepProgress
     from bench.running.registry import SUITES
@@ -190,9 +190,9 @@ def serving(
     from adrec.commands.options import integers
     from adrec.devices import check_device
     from adrec.engines import ENGINES
+    from adrec.environment import printable_command
     from adrec.files import check_output
     from adrec.respacing import step_count
-    from bench.environment import printable_command
     from bench.kernels.selection import pick_all
     from bench.progress import SweepProgress
     from bench.running.session import write_whole

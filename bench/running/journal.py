@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from adrec.data.json_text import parse_json
+from adrec.environment import Frozen
 from adrec.errors import ConfigError, DataError
 from adrec.files import write_text
-from bench.environment import Frozen
 from bench.json_lines import json_line
 
 NAME = "journal.jsonl"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from adrec.environment import read_environment
 from adrec.files import write_text
 from adrec.versions import installed_versions
-from bench.environment import read_environment
 from bench.json_lines import json_line
 from bench.running.journal import Journal, Settings
 from bench.running.registry import engine_paths_of

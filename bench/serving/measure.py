@@ -11,9 +11,9 @@ import torch
 
 from adrec.config import ServingConfig
 from adrec.engines import ENGINES, Engine, make_engine
+from adrec.environment import Environment, read_environment
 from adrec.respacing import Steps, sampler_name, step_count
 from bench.accuracy import RESULTS, AccuracyBook
-from bench.environment import Environment, read_environment
 from bench.kernels.measure import now_utc
 from bench.kernels.selection import dtype_name
 from bench.record import Accuracy

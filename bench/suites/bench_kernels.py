@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from adrec.environment import printable_command, read_environment
 from bench.conversion.pytest_json import describe_benchmark
-from bench.environment import printable_command, read_environment
 from bench.kernels.measure import compare_results, now_utc
 from bench.kernels.records import KernelRecord, Roof
 from bench.kernels.selection import dtype_name

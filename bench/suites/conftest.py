@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from adrec.environment import read_environment
 from adrec.errors import AdrecError
-from bench.environment import read_environment
 from bench.suites.measured import Measured, subject_of_run, trained_run
 
 OF_RUN = pytest.StashKey[Measured]()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine, make_engine
+from adrec.environment import printable_command, read_environment
 from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
 from bench.accuracy import RESULTS, AccuracyBook
-from bench.environment import printable_command, read_environment
 from bench.kernels.measure import now_utc
 from bench.kernels.records import Measuring
 from bench.kernels.selection import dtype_name

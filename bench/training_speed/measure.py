@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Callback
 
 from adrec.config import ModelConfig, OptimiserConfig, TrainConfig
 from adrec.data.dataset import Dataset
+from adrec.environment import Environment, read_environment
 from adrec.models import build_model
 from adrec.training.module import StageModule
 from adrec.training.stages import quiet_lightning
-from bench.environment import Environment, read_environment
 from bench.kernels.measure import now_utc
 from bench.memory import peak_memory_mib
 from bench.timing import describe_error
