@@ -11,6 +11,11 @@ from pathlib import Path
 
 from adrec.errors import ConfigError
 
+OF_A_RUN = {
+    "config.yaml", "run.json", "model.safetensors", "items.parquet", "metrics.json", "job.yaml", "compression.json",
+}  # fmt: skip
+"""Files without which a run is none: no report or record may take their place."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -55,6 +60,9 @@ def check_output(path: Path, option: str, make_folder: bool = False) -> None:
         raise ConfigError(f"{option} is {path}: a folder; give the name of a file, new or to be replaced")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} is {path}: not a regular file; give the name of a file, new or to be replaced")
+    place = path.resolve()
+    if path.exists() and place.name in OF_A_RUN and (place.parent / "run.json").is_file():
+        raise ConfigError(f"{option} is {path}: a file of the run {place.parent.name}; give another name")
     if make_folder:
         _check_folder(path.parent, path, option)
     elif not path.parent.is_dir():

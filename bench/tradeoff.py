@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,8 +102,12 @@ def run_tradeoff(
 def pinned_threads(threads: int | None) -> Iterator[None]:
     """Let torch use so many CPU threads inside the block; None keeps its setting."""
     """Let torch use so many CPU threads inside the block; `None` keeps its setting."""
-    if threads is not None and threads < 1:
-        raise ConfigError(f"--threads {threads}: at least 1 thread is needed; leave it out to keep torch's setting")
+    most = 4 * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(
+            f"--threads {threads}; allowed: 1 to {most}, four for each processor here; leave it out to keep torch's"
+            " setting"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

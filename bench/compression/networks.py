@@ -72,6 +72,8 @@ def load_networks(teacher: Run, paths: Sequence[Path], option: str) -> list[Run]
     loaded = [load_run(path) for path in dict.fromkeys(paths)]
     folders: dict[str, Path] = {}
     for run in (teacher, *loaded):
+        if run is not teacher and run.path.resolve() == teacher.path.resolve():
+            raise RunError(f"{option} {run.path}: is RUN itself, which has its rows already; leave it out")
         if (same := folders.setdefault(run.path.resolve().name, run.path)) != run.path:
             raise RunError(
                 f"{option} {run.path}: has the name of {same}, and records know a run by the name of its folder; rename"

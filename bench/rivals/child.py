@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,8 @@ class Child:
 
     def __init__(self, interpreter: str, script: Path, name: str) -> None:
         found = shutil.which(interpreter)
+        if found is None and Path(interpreter).exists():
+            raise ConfigError(f"--python {interpreter}: is no program; give the python of an environment with {name}")
         if found is None:
             raise ConfigError(f"--python {interpreter}: no such program; give the python of an environment with {name}")
         self.name = name
@@ -48,6 +51,7 @@ class Child:
                 stderr=errors,
                 cwd=self.folder,
                 encoding="utf-8",
+                errors="replace",
             )
 
     def __enter__(self) -> Child:
@@ -63,6 +67,32 @@ class Child:
 
         Raises ChildError with what it wrote to standard error when it ends, and for an answer that is an error.
         """
+        return self._answer(do, progress, request)
+
+    def greet(self, do: str, seconds: float) -> dict[str, Any]:
+        """`ask` a first question; raises ChildError where no answer comes within ``seconds``."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, give_up)
+        timer.start()
+        try:
+            return self._answer(do, None, {})
+        except ChildError:
+            if late.is_set():
+                raise ChildError(
+                    f"{self.name}'s process did not answer within {seconds:g} s; is it the right program?"
+                ) from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _answer(
+        self, do: str, progress: Callable[[dict[str, Any]], None] | None, request: dict[str, Any]
+    ) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -108,4 +138,5 @@ class Child:
         text = self._errors.read_text(encoding="utf-8", errors="replace") if self._errors.exists() else ""
         tail = [line for line in text.splitlines() if line.strip()][-TAIL_LINES:]
         last = tail[-1] if tail else "it wrote nothing to standard error"
-        return ChildError("\n".join([f"{self.name}'s process ended with status {status}: {last}", *tail[:-1]]))
+        how = f"ended with status {status}" if status >= 0 else f"was killed by signal {-status}"
+        return ChildError("\n".join([f"{self.name}'s process {how}: {last}", *tail[:-1]]))

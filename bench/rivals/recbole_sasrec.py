@@ -24,6 +24,8 @@ from bench.rivals import PYTHON_VARIABLE
 from bench.rivals.child import Child
 from bench.timing import MOST_CALLS_A_TURN, Turn
 
+# To import RecBole takes half a minute on a busy machine.
+GREETING_SECONDS = 300.0
 SCRIPT = Path(__file__).with_name("recbole_child.py")
 INSTALL = (
     "pip install 'adrec[recbole]' in an environment of its own (Python 3.11 or older), and name its python with "
@@ -42,7 +44,7 @@ def start(python: str) -> tuple[Child, dict[str, str]]:
     """RecBole's process, and the versions that compute in it; ConfigError when the interpreter lacks RecBole."""
     child = Child(python, SCRIPT, "RecBole")
     try:
-        answer = child.ask("versions")
+        answer = child.greet("versions", GREETING_SECONDS)
         if "missing" in answer:
             raise ConfigError(f"--python {python}: cannot import RecBole ({answer['missing']}); {INSTALL}")
     except BaseException:

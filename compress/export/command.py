@@ -222,7 +222,10 @@ def verify(
     users: Annotated[int | None, typer.Option(min=1, help="Compare on a random sample of so many users.")] = None,
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     providers: Annotated[
-        str | None, typer.Option(help="cpu, cuda, tensorrt, with commas; default: those installed.")
+        str | None,
+        typer.Option(
+            help="ONNX Runtime's: cpu, cuda, tensorrt, with commas, and no plans; default: those installed, and plans."
+        ),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Users at a time; all go through the largest.")] = "1,2,33,512",
     save: Annotated[

@@ -61,9 +61,20 @@ class GraphView:
         return np.asarray(onnx.numpy_helper.to_array(tensor))
 
     def small(self, name: str) -> np.ndarray | None:
-        """`values` of a constant of at most 4096 elements: enough for scales, zero points, K and masks."""
+        """Values of a constant of at most 4096 elements, also from disk: for scales, zero points, K and masks."""
+        import onnx
+
         tensor = self.constants.get(name)
-        return None if tensor is None or int(np.prod(tensor.dims)) > _SMALL else self.values(name)
+        if tensor is None or int(np.prod(tensor.dims)) > _SMALL:
+            return None
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            tensor = onnx.TensorProto.FromString(tensor.SerializeToString())
+            try:
+                onnx.external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
+            except Exception:
+                # A missing file is another rule's finding.
+                return None
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
 
     def producer(self) -> dict[str, NodeProto]:
         """The node that computes each tensor."""
@@ -111,6 +122,13 @@ def read_view(path: Path, profiles: Mapping[str, tuple[int, int]] | None = None)
         raise ExportError(f"{path}: is no ONNX file, or a cut one: {str(error).splitlines()[0]}") from None
     if not model.graph.node and not model.graph.output:
         raise ExportError(f"{path}: is no ONNX file: it holds no graph")
+    return view_of(path, model, profiles)
+
+
+def view_of(path: Path, model: ModelProto, profiles: Mapping[str, tuple[int, int]] | None = None) -> GraphView:
+    """The view of a file that is parsed already."""
+    import onnx
+
     view = GraphView(path, model, profiles)
     for graph in _graphs(model.graph):
         view.graphs.append(graph)
@@ -119,8 +137,12 @@ def read_view(path: Path, profiles: Mapping[str, tuple[int, int]] | None = None)
     for function in model.functions:
         view.nodes += function.node
     for node in view.nodes:
-        if node.op_type == "Constant" and (value := view.attribute(node, "value")) is not None:
-            view.constants[node.output[0]] = value
+        if node.op_type == "Constant" and len(node.attribute) == 1:
+            value = onnx.helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, onnx.TensorProto):
+                view.constants[node.output[0]] = value
+            elif node.attribute[0].name in ("value_int", "value_ints", "value_float", "value_floats"):
+                view.constants[node.output[0]] = onnx.numpy_helper.from_array(np.asarray(value), node.output[0])
     return view
 
 

@@ -164,6 +164,7 @@ def _dynamic(source: Path, target: Path) -> None:
             # Weights of 7 bits: CPUs without VNNI add pairs of 8 x 8 bit products in 16 bits, which saturate.
             reduce_range=True,
             weight_type=QuantType.QInt8,
+            use_external_data_format=True,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
         )
 

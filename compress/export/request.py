@@ -201,7 +201,10 @@ class RequestGraph(nn.Module):
             x_t = from_x0 * x0_hat + from_xt * x_t + sigma * noise.index_select(0, at)[0].to(self.dtype)
             return draw + 1, unit(x_t) if self.config.geodesic else x_t
 
-        # A copy: what a loop carries must not be a view of what it also reads.
+        # Copies: what a loop carries must not be a view of what it also reads, nor may what it reads be views of one
+        # tensor, as keys and values without padding are.
+        prefixes = tuple(Prefix(each.keys.clone(), each.values.clone()) for each in encoded.prefixes)
+        encoded = encoded._replace(prefixes=prefixes)
         start = (torch.ones((), dtype=torch.int64), noise[0].to(self.dtype).clone())
         rows: Tensor = torch.while_loop(more, step, start)[1]
         return rows

@@ -260,6 +260,8 @@ def test_two_runs_of_one_name_are_refused(tiny_run: Path, stored_int8: Path, tmp
     twin = tmp_path / stored_int8.name
     shutil.copytree(stored_int8, twin)
     assert len(load_networks(load_run(tiny_run), [stored_int8, stored_int8], "--with")) == 1
+    with pytest.raises(RunError, match="is RUN itself"):
+        load_networks(load_run(tiny_run), [tiny_run], "--with")
     with pytest.raises(RunError, match=f"has the name of .*{stored_int8.name}.*rename one"):
         load_networks(load_run(tiny_run), [stored_int8, twin], "--with")
 

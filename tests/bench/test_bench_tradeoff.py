@@ -110,7 +110,8 @@ def test_an_interrupted_sweep_keeps_what_it_measured(
 def test_bad_input_is_refused_before_measuring(tiny_run: Path, tmp_path: Path) -> None:
     for wrong, message in (
         ({"device": "warp"}, "device is 'warp'; allowed: cpu, cuda"),
-        ({"threads": 0}, "--threads 0"),
+        ({"threads": 0}, "--threads 0; allowed: 1 to "),
+        ({"threads": 100_000}, "--threads 100000; allowed: 1 to "),
         ({"users": 0}, "--users 0"),
         ({"protocol": TimingProtocol(seconds=0.0)}, "--seconds-per-cell 0.0"),
         ({"protocol": TimingProtocol(seconds=float("nan"))}, "--seconds-per-cell nan"),

@@ -265,7 +265,7 @@ def test_an_interpreter_that_is_none_is_named(tmp_path: Path) -> None:
     ("child", "message"),
     [
         ("import sys\nsys.stdin.readline()\nraise ValueError('out of cheese')", "status 1: ValueError: out of cheese"),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "status -9: it wrote nothing"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9: it wrote nothing"),
         ("print('hello', flush=True)\ninput()", r"answered 'hello\\n', which is not JSON"),
         ('print(\'{"error": "loss is nan"}\', flush=True)\ninput()', "Rival: loss is nan"),
     ],
@@ -276,6 +276,20 @@ def test_a_process_that_fails_says_why(child: Child, message: str) -> None:
         child.ask("versions")
     child.close()
     assert child._process.returncode is not None
+
+
+@pytest.mark.parametrize("child", ["import time\ntime.sleep(600)"], indirect=True)
+def test_a_process_that_does_not_answer_is_given_up(child: Child) -> None:
+    with pytest.raises(ChildError, match=r"did not answer within 0\.2 s; is it the right program\?"):
+        child.greet("versions", 0.2)
+    child.close()
+    assert child._process.returncode == -9
+
+
+@pytest.mark.parametrize("child", ["import sys\nsys.stdout.buffer.write(b'\\xff\\xfe\\n')"], indirect=True)
+def test_a_process_that_writes_no_text_is_told_of(child: Child) -> None:
+    with pytest.raises(ChildError, match="which is not JSON"):
+        child.ask("versions")
 
 
 @pytest.mark.parametrize("child", ["import time\nprint('{}', flush=True)\ntime.sleep(600)"], indirect=True)

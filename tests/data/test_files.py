@@ -62,6 +62,16 @@ def test_an_error_names_the_file_and_not_its_temporary_sibling(tmp_path: Path) -
     assert caught.value.filename == str(tmp_path / "none" / "file")
 
 
+def test_the_files_of_a_run_are_not_replaced(tmp_path: Path) -> None:
+    for name in ("run.json", "config.yaml", "notes.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "config.yaml")
+    check_output(tmp_path / "notes.json", "--json")
+    for name in ("run.json", "config.yaml", "link"):
+        with pytest.raises(ConfigError, match=f"{name}: a file of the run {tmp_path.name}; give another name"):
+            check_output(tmp_path / name, "--json")
+
+
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_output(tmp_path / "file", "--out")

@@ -125,13 +125,22 @@ def test_every_history_length_equals_cached(plain: Exported, length: int) -> Non
     plain.check(plain.request("request-fp32-s3.onnx", histories, length, 3), plain.expected(histories, 3))
 
 
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelFactory) -> Exported:
+    """The loop without padding, whose keys and values are views of one tensor."""
+    model = tiny_model(padding="masked", positions="learned")
+    return export(tmp_path_factory.mktemp("masked") / "export", model, steps=(1,), loop=True)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 32])
-def test_the_loop_runs_any_number_of_steps(plain: Exported, steps: int) -> None:
-    histories, table = histories_of(LENGTHS), plain.engine.table(steps)
+@pytest.mark.parametrize("padding", ["plain", "masked"])
+def test_the_loop_runs_any_number_of_steps(padding: str, steps: int, request: pytest.FixtureRequest) -> None:
+    exported: Exported = request.getfixturevalue(padding)
+    histories, table = histories_of(LENGTHS), exported.engine.table(steps)
     assert table is not None
     columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
-    found = plain.request("request-fp32-loop.onnx", histories, 50, steps, times=table.time, coefficients=columns)
-    plain.check(found, plain.expected(histories, steps))
+    found = exported.request("request-fp32-loop.onnx", histories, 50, steps, times=table.time, coefficients=columns)
+    exported.check(found, exported.expected(histories, steps))
 
 
 def test_the_manifest_holds_what_the_loop_is_given(plain: Exported) -> None:

@@ -13,8 +13,10 @@ from typer.testing import CliRunner, Result
 
 from adrec.cli import build_app
 from adrec.engines.exported import ExportError
+from adrec.errors import ConfigError
 from compress.export.lint import lint
 from compress.export.lint_rules import RULES
+from compress.export.tensorrt.graph import read_graph
 
 onnx = pytest.importorskip("onnx")
 helper = onnx.helper
@@ -68,6 +70,21 @@ def top_k(k: int, items: int, *, computed: bool = False) -> Any:
     constants = [] if computed else [tensor("k", [k], np.int64)]
     inputs = {"x": (FLOAT, ["batch", items]), **({"k": (INT64, [1])} if computed else {})}
     return model(nodes, constants, inputs=inputs, output=("y", INT64, ["batch", None] if computed else ["batch", k]))
+
+
+def top_k_by(place: str, k: int, folder: Path) -> Any:
+    """``top_k`` whose K is a number or a list of a Constant node, or stands in a file of weights."""
+    made = top_k(k, 5000)
+    (stored,) = made.graph.initializer
+    if place == "file":
+        (folder / "k.data").write_bytes(np.array([k], np.int64).tobytes())
+        stored.CopyFrom(onnx.numpy_helper.from_array(np.array([k], np.int64), "k"))
+        onnx.external_data_helper.set_external_data(stored, "k.data", 0, 8)
+        stored.ClearField("raw_data")
+        return made
+    del made.graph.initializer[:]
+    made.graph.node.insert(0, helper.make_node("Constant", [], ["k"], **{place: k if place == "value_int" else [k]}))
+    return made
 
 
 def int8_weight(*, in_graph: bool, channels: int = 1) -> Any:
@@ -197,6 +214,15 @@ def test_each_rule_finds_what_breaks_it(write: Callable[..., Path], rule: str) -
     assert reason in finding.reason
     assert finding.where
     assert finding.fix == next(each.fix for each in RULES if each.name == rule)
+
+
+@pytest.mark.parametrize("place", ["value_int", "value_ints", "file"])
+def test_k_is_read_wherever_it_is_constant(write: Callable[..., Path], tmp_path: Path, place: str) -> None:
+    assert "top-k" not in {each.rule for each in lint(write(top_k_by(place, 3840, tmp_path)))}
+    found = lint(write(top_k_by(place, 3841, tmp_path)))
+    assert [each.reason for each in found if each.rule == "top-k"] == ["K is 3841; TensorRT allows at most 3840"]
+    with pytest.raises(ConfigError, match="takes the best 3841 items"):
+        read_graph(write(top_k_by(place, 3841, tmp_path)))
 
 
 def test_a_weight_that_is_quantised_as_an_activation_is_found(write: Callable[..., Path]) -> None:

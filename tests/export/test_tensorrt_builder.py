@@ -143,12 +143,17 @@ def test_a_timing_cache_is_read_and_written_back(version: str, graph: Graph, tmp
     assert trt.calls("IBuilderConfig.set_timing_cache")[0][1] is False
 
 
-def test_a_foreign_timing_cache_is_left_alone(version: str, graph: Graph, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_refused_timing_cache_is_left_alone(version: str, graph: Graph, tmp_path: Path, damaged: bool) -> None:
     cache = tmp_path / "timing.cache"
     cache.write_bytes(b"of another GPU")
-    trt = standin(version, IBuilderConfig__set_timing_cache=lambda config, cache, ignore_mismatch: False)
-    build(trt, graph, PROFILES, BuildOptions(), timing_cache=cache)
+    if damaged:
+        trt = standin(version, IBuilderConfig__create_timing_cache=lambda config, serialized_timing_cache: None)
+    else:
+        trt = standin(version, IBuilderConfig__set_timing_cache=lambda config, cache, ignore_mismatch: False)
+    built = build(trt, graph, PROFILES, BuildOptions(), timing_cache=cache)
     assert cache.read_bytes() == b"of another GPU"
+    assert any("timing.cache: TensorRT refuses this timing cache" in each for each in built.warnings)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,21 @@ def test_the_script_builds_with_this_package(tmp_path: Path) -> None:
     assert "error: no plan was built: TensorRT is not installed" in done.stderr
 
 
+@pytest.mark.usefixtures("missing")
+def test_the_script_says_what_is_not_there(tmp_path: Path) -> None:
+    export_tensorrt([save_graph(tmp_path / "small.onnx")], PROFILES)
+    for how, message in (
+        ([], "no adrec: pip install 'adrec.tensorrt.', or: sh build.sh trtexec"),
+        (["trtexec"], "not on"),
+    ):
+        done = subprocess.run(
+            ["/bin/sh", str(tmp_path / "build.sh"), *how],
+            env={"PATH": "/usr/bin:/bin", "PYTHON": "/bin/false"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 3, done.stderr
+        assert re.search(message, done.stderr)
+
+
 def test_a_plan_is_written_with_its_record_and_kept(tmp_path: Path, present: StrictTensorRT) -> None:
     graph = save_graph(tmp_path / "small.onnx")
     lines: list[str] = []
@@ -188,7 +204,7 @@ def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
     before = read_graph(graph).fingerprint
     data = tmp_path / "small.data"
     content = bytearray(data.read_bytes())
-    content[-1] ^= 1
+    content[0] ^= 1  # of a weight
     data.write_bytes(bytes(content))
     assert read_graph(graph).fingerprint != before
 

@@ -51,15 +51,15 @@ def build(
     configure(trt, config, options)
     for profile in profiles:
         add_profile(builder, config, graph, profile)
-    cached = _load_timing_cache(config, timing_cache)
+    refused = _load_timing_cache(config, timing_cache)
     host_memory = builder.build_serialized_network(network, config)
     if host_memory is None:
         raise TensorRTError(f"TensorRT built no engine from {graph.path}: {last_messages(logger)}")
     content = bytes(host_memory)
-    if timing_cache is not None and cached:
+    if timing_cache is not None and refused is None:
         write_bytes(timing_cache, bytes(config.get_timing_cache().serialize()))
     layers = read_layers(trt, content, graph, profiles, options, logger)
-    return Built(content, layers, check_precision(layers, graph), tuple(logger.messages))
+    return Built(content, layers, check_precision(layers, graph), (*logger.messages, *filter(None, [refused])))
 
 
 def parse(trt: ModuleType, builder: Any, graph: Graph, logger: Any) -> Any:
@@ -116,12 +116,20 @@ def add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> No
         raise TensorRTError(f"TensorRT refused the profile '{profile}' for {graph.path}")
 
 
-def _load_timing_cache(config: Any, path: Path | None) -> bool:
-    """Give the configuration a timing cache, from a file if there is one; whether it may be written back."""
+def _load_timing_cache(config: Any, path: Path | None) -> str | None:
+    """Give the configuration a timing cache, from a file if there is one; why it was refused, None where it was not.
+
+    A refused file is left as it is: another TensorRT or GPU may still read it.
+    """
     if path is None:
-        return False
-    known = path.read_bytes() if path.is_file() else b""
-    return bool(config.set_timing_cache(config.create_timing_cache(known), False))
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is not None and config.set_timing_cache(cache, False):
+        return None
+    return (
+        f"{path}: TensorRT refuses this timing cache (damaged, or of another version or GPU), so that everything is"
+        " timed anew and nothing written there; name another file, or remove it"
+    )
 
 
 def _parser_error(error: Any) -> str:

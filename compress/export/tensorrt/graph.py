@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adrec.engines.tensorrt.plan import TensorInfo, combined, graph_digests
 from adrec.errors import ConfigError, NotSupportedError
 from compress.export.lint_rules import MOST_RESULTS
+from compress.export.onnx_graph import GraphView, view_of
 from compress.export.tensorrt.operators import DOMAIN
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def read_graph(path: Path) -> Graph:
         raise ConfigError(f"{path} is not an ONNX file: {error}") from None
     _check_opset(model, path)
     files = graph_digests(path, external_files(model, path))
-    _check_top_k(model, path)
+    _check_top_k(view_of(path, model))
     inputs = _tensors(onnx, model.graph.input, path)
     floats, everything = _precisions(onnx, model)
     return Graph(
@@ -113,21 +114,14 @@ def _check_opset(model: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _check_top_k(model: onnx.ModelProto, path: Path) -> None:
-    import onnx.numpy_helper as numpy_helper
-
-    constants = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_location != 1}
-    for node in model.graph.node:
-        for each in node.attribute:
-            if node.op_type == "Constant" and each.name == "value":
-                constants[node.output[0]] = each.t
-    for node in model.graph.node:
-        if node.op_type == "TopK" and node.domain in ("", "ai.onnx") and node.input[1] in constants:
-            count = int(numpy_helper.to_array(constants[node.input[1]]).reshape(-1)[0])
-            if count > MOST_RESULTS:
+def _check_top_k(view: GraphView) -> None:
+    for node in view.nodes:
+        if node.op_type == "TopK" and node.domain in ("", "ai.onnx") and len(node.input) > 1:
+            values = view.small(node.input[1])
+            if values is not None and (count := int(values.reshape(-1)[0])) > MOST_RESULTS:
                 raise ConfigError(
-                    f"{path} takes the best {count} items (k); TensorRT's TopK allows {MOST_RESULTS}: export with a"
-                    " smaller k, or with the score outside of the graph"
+                    f"{view.path} takes the best {count} items (k); TensorRT's TopK allows {MOST_RESULTS}: export with"
+                    " a smaller k, or with the score outside of the graph"
                 )
 
 

@@ -20,6 +20,10 @@ _SCRIPT = """\
 set -eu
 cd "$(dirname "$0")"
 if [ "${{1:-adrec}}" = adrec ]; then
+    "${{PYTHON:-python3}}" -c "import compress.export.tensorrt" 2>/dev/null || {{
+        echo "${{PYTHON:-python3}} has no adrec: pip install 'adrec[tensorrt]', or: sh build.sh trtexec" >&2
+        exit 3
+    }}
     exec "${{PYTHON:-python3}}" -m compress.export.tensorrt .
 fi
 [ "$1" = trtexec ] || {{ echo "usage: sh build.sh [adrec|trtexec]" >&2; exit 2; }}
@@ -72,7 +76,12 @@ def build_script(graphs: Sequence[Graph], commands: Sequence[Sequence[str]]) -> 
         ]
     else:
         # Every network of TensorRT 11 is strongly typed, and an option it does not know ends trtexec.
-        lines = ["typed=--stronglyTyped", 'trtexec --help 2>/dev/null | grep -q -e "$typed" || typed=']
+        missing = 'echo "trtexec is not on the PATH; it comes with TensorRT" >&2'
+        lines = [
+            f"command -v trtexec >/dev/null || {{ {missing}; exit 3; }}",
+            "typed=--stronglyTyped",
+            'trtexec --help 2>/dev/null | grep -q -e "$typed" || typed=',
+        ]
         for command in commands:
             arguments = [shlex.quote(part) for part in command if part != "--stronglyTyped"]
             lines.append(" \\\n    ".join([f"{arguments[0]} $typed", *arguments[1:]]))
