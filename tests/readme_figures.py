@@ -149,7 +149,8 @@ def export_row(row: dict[str, str]) -> dict[str, Values]:
 
 def _exported(column: str, label: str, cell: str) -> Values:
     data, users = words(r"(Beauty|ML-100k)(?: \((\d+) users\))?", column).groups()
-    pairs = [pair for record in records(f"export-{data.lower()}-*.json") for pair in record["pairs"]]
+    files = [f"export-{data.lower()}-0{rest}.json" for rest in ("", "-fp16", "-32-steps")]
+    pairs = [pair for name in files for record in records(name) for pair in record["pairs"]]
     if users is not None and {pair["users"] for pair in pairs} != {int(users)}:
         raise NoSuchRecordError(f"{column}: not of {users} users")
     if label == "fp32, also 4 and 32 steps and the loop":
@@ -168,7 +169,8 @@ def _exported(column: str, label: str, cell: str) -> Values:
     precision = words(r"(int8 dynamic|(?:int8|fp8) Q/DQ)", label)[1].lower().replace("/", "").replace(" ", "-")
     pairs = [pair for pair in pairs if pair["precision"] == precision]
     # The cell goes on with the step counts that `adrec export verify` refuses.
-    return (*one(pairs, steps=1)["ndcg_kept"], *(pair["steps"] for pair in pairs if Pair.model_validate(pair).faults))
+    refused = sorted(pair["steps"] for pair in pairs if Pair.model_validate(pair).faults)
+    return (*one(pairs, steps=1)["ndcg_kept"], *refused)
 
 
 SYSTEMS = {"popularity": "popularity", "SASRec+ (stage 1)": "sasrec+", "ADRec, 1 step": "adrec"}
