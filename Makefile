@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two pytest workers with one thread each beat one worker with two: small tensors spend their time waiting at barriers.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# In the order of collection: files with few long tests, such as the compilations, would else come last, on one worker.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 RUN ?= demo/run
 STEPS ?= 1,2,4,8,16,32
 GPU_RECORDS ?= bench/records

@@ -40,7 +40,7 @@ EXTRAS = {
         "pytest>=8.2",
         "pytest-benchmark>=4.0",
         "pytest-timeout>=2.3",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.7",
         "ruff>=0.8",
         *ONNX,
         FAISS,

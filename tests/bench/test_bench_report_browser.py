@@ -81,7 +81,7 @@ def test_pages_are_drawn_and_fit(
     tab.requests.clear()
     tab.open(page, width, dark=dark)
     plots = tab.run("document.querySelectorAll('.plot').length")
-    assert plots == {"report": 6, "profile": 3, "mixed": 9}[name]
+    assert plots == {"report": 6, "profile": 3, "mixed": 11}[name]
     marks = tab.run(
         "[...document.querySelectorAll('.plot')].map((plot) => plot.querySelectorAll('.point, .js-line').length)"
     )
