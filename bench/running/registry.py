@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from pydantic import BaseModel
 
+from adrec.environment import read_environment
 from bench.running.unit import Context, Report, Unit
 
 
@@ -173,6 +174,11 @@ def _training(context: Context) -> list[Unit]:
     from adrec.config import TrainConfig
     from bench.training_speed.measure import TrainingBench
 
+    precisions = ("32-true",) if context.smoke else ("32-true", "bf16-mixed")
+    if not context.smoke and context.device.type == "cpu" and not _computes_bf16():
+        context.notices.append("suite training leaves bf16-mixed out: this CPU computes it without instructions for it")
+        precisions = ("32-true",)
+
     @cache
     def bench() -> TrainingBench:
         steps = 4 if context.smoke else 60
@@ -189,10 +195,15 @@ def _training(context: Context) -> list[Unit]:
             (model, batch, precision)
             for model in ("sasrec", "adrec")
             for batch in ((32,) if context.smoke else (128, 512))
-            for precision in (("32-true",) if context.smoke else ("32-true", "bf16-mixed"))
+            for precision in precisions
         ]
         for model, batch, precision in [cell]
     ]
+
+
+def _computes_bf16() -> bool:
+    """Whether this CPU has instructions for bfloat16; without them a step takes minutes."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set((read_environment().machine.instructions or "").split()))
 
 
 def _scaling(context: Context) -> list[Unit]:
