@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from adrec.engines import ENGINES
-from adrec.environment import read_environment
 from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
 from bench.archive import read_any
 from bench.cli import register
@@ -394,16 +393,3 @@ def test_a_smoke_run_of_everything(tmp_path: Path) -> None:
         path = tmp_path / "out" / f"{suite.name}.jsonl"
         if suite.obstacle(context_of(tmp_path)) is None:
             assert len(read_any(path)) >= 2
-
-
-@pytest.mark.parametrize(("instructions", "asked"), [("avx2", False), ("avx2 avx512_bf16", True), (None, False)])
-def test_bf16_is_trained_where_the_processor_computes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instructions: str | None, asked: bool
-) -> None:
-    found = read_environment()
-    machine = found.machine.model_copy(update={"instructions": instructions})
-    monkeypatch.setattr(registry, "read_environment", lambda: found.model_copy(update={"machine": machine}))
-    context = Context(tmp_path, torch.device("cpu"), "", smoke=False)
-    units, _ = select(["training"], context)
-    assert any(unit.name.endswith("bf16-mixed") for unit in units) is asked
-    assert any("leaves bf16-mixed out" in notice for notice in context.notices) is not asked
