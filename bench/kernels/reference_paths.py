@@ -7,9 +7,7 @@ all but a few percent of its time, are what is compiled or exported.
 from __future__ import annotations
 
 import inspect
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ from adrec.engines.base import Engine, TopK
 from adrec.engines.onnxruntime import PROVIDERS, check_provider, load_onnxruntime, make_session
 from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
-from compress.export.onnx_export import OPSET, require_onnx
+from compress.export.onnx_export import OPSET, quiet_exporter, require_onnx
 
 Part = Callable[..., "Tensor | tuple[Tensor, ...]"]
 # No padding is recommended: below the score of any item.
@@ -126,23 +124,16 @@ class _Part(nn.Module):
 def export(model: SequenceModel, part: Part, inputs: tuple[Tensor, ...], path: Path) -> None:
     """Write a function of tensors `[B, ...]` as an ONNX graph of any batch size."""
     batch = torch.export.Dim("batch", min=1)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _Part(model, part).eval(),
-                # Copies of two rows: a batch of one would be taken for a constant, and what inference made not traced.
-                tuple(torch.cat([each[:1], each[:1]]) for each in inputs),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
-                verbose=False,
-            )
-    finally:
-        logger.setLevel(level)
+    with quiet_exporter():
+        program = torch.onnx.export(
+            _Part(model, part).eval(),
+            # Copies of two rows: a batch of one would be taken for a constant, and what inference made not traced.
+            tuple(torch.cat([each[:1], each[:1]]) for each in inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            verbose=False,
+        )
     assert program is not None
     # Weights beside the graph, since a file of the format itself ends at 2 GiB.
     program.save(path, external_data=True)

@@ -218,7 +218,7 @@ def save_graph(graph: Graph, path: Path, inline_limit: int, facts: dict[str, str
     import onnx_ir
 
     graph.eval()
-    with _quiet():
+    with quiet_exporter():
         program = torch.onnx.export(
             graph,
             graph.example(),
@@ -231,7 +231,7 @@ def save_graph(graph: Graph, path: Path, inline_limit: int, facts: dict[str, str
         )
     assert program is not None
     model = program.model
-    with _quiet():
+    with quiet_exporter():
         graph.core.finish(model)
     strip_traces(model)
     model.producer_name, model.producer_version = "adrec", facts.get("adrec.version.adrec", "")
@@ -280,7 +280,7 @@ def require_onnx() -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """The exporter prints its progress, and warns of operators of packages that are not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
