@@ -147,6 +147,13 @@ def test_what_makes_figures_invalid() -> None:
     overload = server(Worker(timeline, 1.0), timeline, np.arange(1, 21) * 0.1, 1, 0.0, silent)
     (complaint,) = complaints(overload, Extent(1.0, 5), arrivals=True)
     assert "did not keep up" in complaint
+    # Twice what single users would allow, a third of what full batches do: busy all the time, and not behind.
+    worker = Worker(timeline, 0.05, 0.01)
+    batches = server(worker, timeline, np.arange(1, 2001) * 0.03, 8, 0.0, silent)
+    assert batches.busy_seconds > 0.95 * batches.seconds
+    assert complaints(batches, Extent(1.0, 5), arrivals=True) == []
+    behind = server(worker, timeline, np.arange(1, 2001) * 0.03, 1, 0.0, silent)
+    assert "did not keep up" in complaints(behind, Extent(1.0, 5), arrivals=True)[0]
     short = Served([1.0], [1], seconds=0.5, busy_seconds=0.1)
     assert complaints(short, Extent(60.0, 1), arrivals=True) == ["0.5 of at least 60 seconds"]
     assert complaints(Served([1.0], [1], 61.0, 61.0), Extent(60.0, 1), arrivals=False) == []
