@@ -43,7 +43,7 @@ gpu: gpu-targets gpu-tests gpu-suites gpu-sanitizer
 gpu-found: $(STAMP)
 	$(BIN)/python -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu needs a GPU that torch can use')"
 
-# What README names as a target. Every row also holds how near its results are to those of the twin or engine.
+# What docs/kernels.md names as a target. Every row also holds how near its results are to those of the twin or engine.
 gpu-targets: gpu-found
 	$(BENCH_KERNELS) --kernel score_topk --shape "ten million" --dtype bf16
 	$(BENCH_KERNELS) --kernel denoise_last --shape paper --append

@@ -1,6 +1,6 @@
 """Configuration of models and training, validated by pydantic.
 
-The defaults are the paper's where they say nothing else. Those that differ were chosen on Beauty (README says how);
+The defaults are the paper's where they say nothing else. Those that differ were chosen on Beauty (docs/accuracy.md says how);
 ``bench/recipes/paper.yaml`` restores the paper's.
 """
 

@@ -28,7 +28,8 @@ class Entry:
     """One kernel.
 
     name: its public function, with a suffix where one function has several kernels ("prefix_attention.backward").
-    summary: what it fuses, in one line. use_when, avoid_when: advice for the README and `adrec bench kernels --list`.
+    summary: what it fuses, in one line. use_when, avoid_when: advice for `adrec kernels list` and
+    `adrec bench kernels --list`.
     dtypes: storage types it is compiled and tested for. shapes: named shapes it is judged at; the first is the paper's.
     inputs: ``(shape, dtype, device) -> keyword arguments`` of `run` and `twin`; on the meta device without values.
     run: the Triton path. twin: pure torch, same arguments and results. cost: ``(shape, dtype) -> Cost``.

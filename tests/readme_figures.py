@@ -1,4 +1,4 @@
-"""README's figures against the records of `bench/records`: every number is one of a record, or stands in a list here.
+"""The figures of README and docs against the records of `bench/records`: each is one of a record, or listed here.
 
 A table's row and a sentence choose a record by their words; the number printed must be its value, rounded as printed.
 """
@@ -16,7 +16,11 @@ from typing import Any
 
 from compress.export.comparison import Pair
 
-RECORDS = Path(__file__).resolve().parents[1] / "bench" / "records"
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "bench" / "records"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
+    "steps", "compress", "export", "bench", "kernels", "accuracy")))  # fmt: skip
+"""In the order in which a reader runs their commands."""
 NUMBER = r"(?:1/)?(?:\d*\.)?\d+(?:e-\d+)?"
 FENCE, CODE = re.compile(r"```.*?```", re.DOTALL), re.compile(r"`[^`]*`")
 Values = tuple[float, ...]
@@ -33,7 +37,7 @@ NOT_MEASURED = (
     r"exit status 3|ends with status 3|\(1 to the number|the whole 99 % interval|of 3 to 5 rounds expect",
     r"sm_80, 90 and 100, the graphs|above 128 results|16-bit|rounding of 2\^-8 or 2\^-11|heads below 8 or above 128",
     r"widths above 256|\(to 1024; one launch up to 128\)|float32, 8 MiB, or one list a user",
-    # Targets, which README calls not measured.
+    # Targets, which the page calls not measured.
     r"at least 100 times as|3 times as fast as the compiled|\(both at batch 512, 32 steps\)|at 70 % of the bandwidth",
     r"\(10 million items, bfloat16\)|within 4 times its floor",
 )
@@ -42,11 +46,16 @@ WITHOUT_RECORD = (r"\(19\.2 / 9\.40 against 18\.8 / 9\.45\)", r"\(family 26\)")
 
 
 class NoSuchRecordError(Exception):
-    """Words of README that choose no record, or several."""
+    """Words of a page that choose no record, or several."""
 
 
 # What a rule raises for words that it does not know, and for a record without the value.
 UNKNOWN = (NoSuchRecordError, LookupError, TypeError)
+
+
+def pages() -> str:
+    """All pages, one after the other."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
 
 
 @cache
@@ -260,8 +269,12 @@ def agreement() -> Values:
 
 
 def one_step() -> Values:
-    found, slow = speed_record("cached", 1)["accuracy"], speed_record("reference", 32)["timing"]
-    return *triple(found["ndcg20_kept_percent"]), found["top20_overlap_fraction"], slow["rounds"]
+    found = speed_record("cached", 1)["accuracy"]
+    return *triple(found["ndcg20_kept_percent"]), found["top20_overlap_fraction"]
+
+
+def slow_rounds() -> Values:
+    return (speed_record("reference", 32)["timing"]["rounds"],)
 
 
 def targets_without_spills() -> Values:
@@ -285,8 +298,8 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
         engine_ms("cached", 1_000_000), engine_ms("onnxruntime-int8", 1_000_000))),
     ("the best of the three seeds has {} / {})", best_seed),
     ("the top-20 lists of the two engines agree ({} on {} users)", agreement),
-    ("One step keeps {} % [{}, {}] of the 32-step NDCG@20, and {} of its top-20 lists. Few calls stand behind the slow"
-     " rows ({} rounds)", one_step),
+    ("One step keeps {} % [{}, {}] of the 32-step NDCG@20, and {} of its top-20 lists", one_step),
+    ("Few calls stand behind the slow rows ({} rounds)", slow_rounds),
     ("compiles for sm_{}, {}, {}, {} and {} without spills (`bench/records/kernels-compiled.json`",
      targets_without_spills),
 )  # fmt: skip
@@ -294,17 +307,17 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
 
 @dataclass
 class Checked:
-    """What is wrong with a README, and where (start, end) the figures stand that are held to a record."""
+    """What is wrong with a text, and where (start, end) the figures stand that are held to a record."""
 
     problems: list[str] = field(default_factory=list)
     figures: list[tuple[int, int]] = field(default_factory=list)
     explained: list[tuple[int, int]] = field(default_factory=list)
 
 
-def check(readme: str) -> Checked:
-    """Hold every number of a README to the records."""
+def check(text: str) -> Checked:
+    """Hold every number of README and docs to the records."""
     done = Checked()
-    prose = FENCE.sub(_blank, readme)
+    prose = FENCE.sub(_blank, text)
     for start, end in _check_tables(prose, done):
         prose = prose[:start] + re.sub(r"[^\n]", " ", prose[start:end]) + prose[end:]
     for sentence, values in SENTENCES:
@@ -316,7 +329,7 @@ def check(readme: str) -> Checked:
         spans = [found[0].span(place) for place in range(1, found[0].re.groups + 1)]
         done.explained += spans
         try:
-            _compare(readme, spans, values(), sentence, done)
+            _compare(text, spans, values(), sentence, done)
         except UNKNOWN as error:
             done.problems.append(f"{sentence}: {error!r}")
     prose = CODE.sub(_blank, prose)
@@ -324,12 +337,11 @@ def check(readme: str) -> Checked:
         spans = [each.span() for part in pattern.split("|") for each in re.finditer(part.replace(" ", r"\s+"), prose)]
         done.explained += spans
         if not spans:
-            done.problems.append(f"README has nothing of {pattern!r}: take it from the list")
+            done.problems.append(f"no page has anything of {pattern!r}: take it from the list")
     for number in re.finditer(rf"(?<![\w.@]){NUMBER}", prose):
         if not any(start <= number.start() and number.end() <= end for start, end in done.explained):
-            line = readme.count("\n", 0, number.start()) + 1
-            near = " ".join(readme[max(0, number.start() - 40) : number.end() + 30].split())
-            done.problems.append(f"line {line}: no record and no rule explains {number[0]!r} in: {near}")
+            near = " ".join(text[max(0, number.start() - 40) : number.end() + 30].split())
+            done.problems.append(f"no record and no rule explains {number[0]!r} in: {near}")
     return done
 
 
@@ -341,8 +353,8 @@ def _spaced(text: str) -> str:
     return r"\s+".join(map(re.escape, text.split(" ")))
 
 
-def _compare(readme: str, spans: list[tuple[int, int]], values: Values, where: str, done: Checked) -> None:
-    tokens = [re.sub(r"(?<=\d) ", "", readme[start:end]) for start, end in spans]
+def _compare(text: str, spans: list[tuple[int, int]], values: Values, where: str, done: Checked) -> None:
+    tokens = [re.sub(r"(?<=\d) ", "", text[start:end]) for start, end in spans]
     # An interval may be left out.
     if len(tokens) == 1 and len(values) == 3:
         values = values[:1]
@@ -351,7 +363,7 @@ def _compare(readme: str, spans: list[tuple[int, int]], values: Values, where: s
     for span, token, value in zip(spans, tokens, values, strict=False):
         done.figures.append(span)
         if not shows(token, value):
-            done.problems.append(f"{where}: README says {token}; the record says {value:.6g}")
+            done.problems.append(f"{where}: the page says {token}; the record says {value:.6g}")
 
 
 def _check_tables(prose: str, done: Checked) -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""README's commands run as they stand, on small data and with short training."""
+"""The commands of README and docs run as they stand, on small data and with short training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from readme_figures import PAGES, pages
 
 from kernels import _runtime
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-# Added to a command of README so that it ends within seconds; what it says stays as it is.
+TEXT = pages()
+# Added to a command so that it ends within seconds; what it says stays as it is.
 SHORTER = {
     "train": ["--epochs", "2", "--no-progress", "--set", "model.width=16", "--set", "train.main.validate_every=1"],
     "kernels compile": ["--kernel", "denoise_update", "--target", "sm_90", "--shape", "paper"],
@@ -35,12 +36,13 @@ LONG = pytest.mark.slow
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
     lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line) for line in lines if line.startswith("adrec ")]
+    # What a page repeats of README has been done by then.
+    return [shlex.split(line) for line in dict.fromkeys(lines) if line.startswith("adrec ")]
 
 
 def run(arguments: list[str], folder: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -60,7 +62,7 @@ def test_readme_has_the_commands_of_the_main_job() -> None:
 
 def test_commands_named_in_prose_exist() -> None:
     result = run(["--help"], ROOT)
-    for name in set(re.findall(r"`adrec ([a-z-]+)", README)):
+    for name in set(re.findall(r"`adrec ([a-z-]+)", TEXT)):
         assert name in result.stdout
 
 
@@ -93,5 +95,19 @@ def test_commands_run_in_order(tmp_path: Path) -> None:
 
 def test_make_targets_named_in_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"(?:^|`)make (?:-k )?([a-z][a-z-]*)", README, flags=re.MULTILINE)):
+    for target in set(re.findall(r"(?:^|`)make (?:-k )?([a-z][a-z-]*)", TEXT, flags=re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_between_pages_exist() -> None:
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+            if link.startswith("https://"):
+                continue
+            target, _, anchor = link.partition("#")
+            found = (path.parent / target).resolve()
+            assert found.is_file(), f"{path.name}: {link}"
+            heads = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            names = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert not anchor or anchor in names, f"{path.name}: {link}"
+    assert sorted((ROOT / "docs").glob("*.md")) == sorted(PAGES[1:])

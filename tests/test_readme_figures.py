@@ -1,30 +1,29 @@
-"""README's figures are those of the records, and the check of them can fail."""
+"""The figures of README and docs are those of the records, and the check of them can fail."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from readme_figures import check, compress_record, shows
+from readme_figures import check, compress_record, pages, shows
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+TEXT = pages()
 STUDENT = ("student 2 + 0 (recipe `fast`)", "`onnxruntime-int8`")
 WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "half": 2, "third": 3, "quarter": 4}
 
 
 def test_every_figure_is_that_of_a_record() -> None:
-    done = check(README)
+    done = check(TEXT)
     assert done.problems == []
     assert len(done.figures) > 150
 
 
 def test_every_figure_that_is_changed_is_found() -> None:
     """The last digit of each is another: each is a problem of its own."""
-    changed, figures = README, check(README).figures
+    changed, figures = TEXT, check(TEXT).figures
     for _, end in figures:
-        changed = changed[: end - 1] + str((int(README[end - 1]) + 1) % 10) + changed[end:]
-    wrong = [problem for problem in check(changed).problems if "README says" in problem]
+        changed = changed[: end - 1] + str((int(TEXT[end - 1]) + 1) % 10) + changed[end:]
+    wrong = [problem for problem in check(changed).problems if "the page says" in problem]
     assert len(wrong) == len(figures)
 
 
@@ -41,8 +40,8 @@ def test_every_figure_that_is_changed_is_found() -> None:
     ],
 )
 def test_what_no_record_says_is_found(old: str, new: str) -> None:
-    assert README.count(old) == 1
-    assert len(check(README.replace(old, new)).problems) > len(check(README).problems)
+    assert old in TEXT
+    assert len(check(TEXT.replace(old, new)).problems) > len(check(TEXT).problems)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +59,9 @@ def test_a_number_is_compared_as_it_is_printed(token: str, value: float, expecte
 def test_figures_in_words() -> None:
     student = compress_record(*STUDENT)
     (batch,) = [each for each in student["timings"] if each["batch_size_users"] == 512]
-    (hundreds,) = re.findall(r"no loss that can be told, (\w+) hundred\s+times `reference`", README)
+    (hundreds,) = re.findall(r"no loss that can be told, (\w+) hundred\s+times `reference`", TEXT)
     assert round(batch["times_reference"]["value"] / 100) == WORDS[hundreds]
     assert student["accuracy"]["ndcg20_kept_percent"]["high"] >= 100
     small = compress_record("2 + 2, 1 step", "int8 stored, `cached`")
-    (part,) = re.findall(r"--recipe small --out \S+ +# a (\w+) of the bytes", README)
+    (part,) = re.findall(r"--recipe small --out \S+ +# a (\w+) of the bytes", TEXT)
     assert round(small["teacher_file_bytes"] / small["file_bytes"]) == WORDS[part]

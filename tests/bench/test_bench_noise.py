@@ -153,6 +153,7 @@ def as_file(records: list[TradeoffRecord], engine: str, path: Path) -> list[Trad
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_added_work_is_caught_and_a_run_against_itself_is_not(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +162,7 @@ def test_added_work_is_caught_and_a_run_against_itself_is_not(
         monkeypatch.setitem(ENGINES, kind.name, kind)
     monkeypatch.setattr("bench.sweep.clock_for", lambda device: ProcessorClock())
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
-    protocol = TimingProtocol(seconds=0.3, rounds=20, rounds_slow=20, rounds_most=20, warmup_calls=3)
+    protocol = TimingProtocol(seconds=2.0, rounds=40, rounds_slow=40, rounds_most=40, warmup_calls=3)
     files: list[dict[str, list[TradeoffRecord]]] = []
     for attempt in range(TRIES):
         records = run_tradeoff(
