@@ -29,7 +29,7 @@ Values = tuple[float, ...]
 NOT_MEASURED = (
     # Names and versions.
     r"KDD 2025|\[arXiv 2505\.19544\]\(\S+\)|Python 3\.10|ML-100k|top-20|Apache-2\.0",
-    r"stage 1|10\.12 or newer|Python 3\.11 or older|TensorRT 10\.16, 11\.1 and 11\.4",
+    r"stage 1|stage 2|10\.12 or newer|Python 3\.11 or older|TensorRT 10\.16, 11\.1 and 11\.4",
     # Settings of what is measured.
     r"of 32 DDPM steps|at lambda 1 one|as good as 32;|the run's 32 steps|at 32 steps,|the 32-step|batch 1 and",
     r"seed 0, by|seeds 0, 1 and 2|batches of 512 test histories",
