@@ -162,7 +162,7 @@ def test_added_work_is_caught_and_a_run_against_itself_is_not(
         monkeypatch.setitem(ENGINES, kind.name, kind)
     monkeypatch.setattr("bench.sweep.clock_for", lambda device: ProcessorClock())
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
-    protocol = TimingProtocol(seconds=2.0, rounds=40, rounds_slow=40, rounds_most=40, warmup_calls=3)
+    protocol = TimingProtocol(seconds=1.0, rounds=40, rounds_slow=40, rounds_most=40, warmup_calls=3)
     files: list[dict[str, list[TradeoffRecord]]] = []
     for attempt in range(TRIES):
         records = run_tradeoff(
@@ -171,7 +171,7 @@ def test_added_work_is_caught_and_a_run_against_itself_is_not(
         ).records  # fmt: skip
         names = ("cached", AgainEngine.name, SlowedEngine.name)
         files.append({name: as_file(records, name, tmp_path / f"{attempt}-{name}.jsonl") for name in names})
-    bounds = {"bound": 0.05, "accuracy_bound": 0.01}
+    bounds = {"bound": 0.02, "accuracy_bound": 0.01}
     flagged = [
         compare(rows_of(each["cached"]), rows_of(each[AgainEngine.name]), **bounds).regressions for each in files
     ]  # type: ignore[arg-type]
@@ -180,12 +180,12 @@ def test_added_work_is_caught_and_a_run_against_itself_is_not(
         RunMedians(first_ms=rounds_of(each["cached"]), second_ms=rounds_of(each[AgainEngine.name])) for each in files
     ]
     told = noise_of(runs).smallest_interleaved_percent
-    if told > 4.5:
-        pytest.skip(f"this machine is too noisy now: it tells {told:.1f} %, a tenth beyond a bound of 5 % takes 4.5 %")
+    if told > 6.0:
+        pytest.skip(f"this machine is too noisy now: it tells {told:.1f} %, a tenth beyond a bound of 2 % takes 6 %")
     caught = [
         compare(rows_of(each["cached"]), rows_of(each[SlowedEngine.name]), **bounds).regressions for each in files
     ]  # type: ignore[arg-type]
-    assert sum(map(bool, caught)) >= 0.8 * TRIES
+    assert sum(map(bool, caught)) >= TRIES - 1
 
 
 def rounds_of(records: list[TradeoffRecord]) -> list[float]:
