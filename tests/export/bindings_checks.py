@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorrt as trt
 import tensorrt.plugin as plugin
-import torch
+from plugin_cases import BATCHES, CASES, dtypes_of, shapes_of
 from tensorrt.plugin import _lib, _tensor
 from tensorrt_cases import PROFILES, save_graph
 from tensorrt_surface import read_surface
@@ -22,18 +22,10 @@ from adrec.engines.tensorrt import library
 from adrec.engines.tensorrt.library import TensorRTError
 from compress.export.tensorrt.builder import build
 from compress.export.tensorrt.graph import read_graph
-from compress.export.tensorrt.operators import DENOISE_INPUTS, OPERATORS
+from compress.export.tensorrt.operators import OPERATORS
 from compress.export.tensorrt.options import BuildOptions
 from compress.export.tensorrt.plugins import data_type, register_plugins
 from kernels.plugin_kernels import Integers
-
-SCORE = {"count": 12102, "width": 128, "k": 20, "first": 1}
-DENOISE = {
-    "width": 128, "heads": 4, "blocks": 2, "steps": 1, "pad_rows": 1, "max_length": 50, "mix_weight": 0.001,
-    "guidance_scale": 1.0, "geodesic": 0,
-}  # fmt: skip
-CASES = (("score_splits", SCORE), ("merge_splits", SCORE), ("denoise_last", DENOISE))
-WHOLE = {"offsets", "candidates"}
 
 
 class Registry:
@@ -84,22 +76,9 @@ class Expressions:
         return Size.of(found[kind])
 
 
-def shapes_of(name: str, batch: int) -> list[tuple[int, ...]]:
-    if name == "score_splits":
-        return [(batch, 128), (12102, 128)]
-    if name == "merge_splits":
-        splits = OPERATORS["score_splits"].describe(
-            SCORE, shapes_of("score_splits", batch), [torch.float32] * 2, Integers()
-        )
-        return [each.shape for each in splits]
-    known = {"condition": (batch, 128), "keys_values": (1, 2, 2, batch, 50, 128)}
-    return [known.get(each, (1,)) for each in DENOISE_INPUTS]
-
-
 def check(name: str, attributes: dict[str, Any], batch: int) -> dict[str, Any]:
     """What the hooks say, beside what `operators` says on integers."""
-    operator, shapes = OPERATORS[name], shapes_of(name, batch)
-    dtypes = [torch.int64 if each in WHOLE else torch.float32 for each in operator.inputs]
+    operator, shapes, dtypes = OPERATORS[name], shapes_of(name, batch), dtypes_of(name)
     known = _lib.QDP_REGISTRY[f"adrec::{name}"]
     inputs = [
         plugin.from_shape_expr(tuple(plugin.ShapeExpr(Size.of(size)) for size in shape), data_type(trt, dtype))
@@ -136,12 +115,11 @@ def main() -> None:
     logger.log(trt.ILogger.Severity.INFO, "chatter")
     # Before a network is there, TensorRT asks for dtypes with sizes that have no value.
     unknown = {}
-    for name, attributes in CASES:
-        operator = OPERATORS[name]
-        inputs = []
-        for each, shape in zip(operator.inputs, shapes_of(name, 1), strict=True):
-            dtype = torch.int64 if each in WHOLE else torch.float32
-            inputs.append(plugin.TensorDesc(plugin.ShapeExprs(len(shape), _is_dummy=True), data_type(trt, dtype)))
+    for name, attributes in CASES.items():
+        inputs = [
+            plugin.TensorDesc(plugin.ShapeExprs(len(shape), _is_dummy=True), data_type(trt, dtype))
+            for shape, dtype in zip(shapes_of(name, 1), dtypes_of(name), strict=True)
+        ]
         outputs = _lib.QDP_REGISTRY[f"adrec::{name}"].register_func(*inputs, **attributes)
         unknown[name] = [each.dtype.name for each in outputs]
     _tensor.SymIntExpr._exprBuilder = Expressions()
@@ -155,12 +133,12 @@ def main() -> None:
     found = {
         "version": trt.__version__,
         "refused": refused,
-        "surface": read_surface(trt),
+        "surface": read_surface(trt, plugin),
         "messages": logger.messages,
         "flags": library.flag_bits(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", "EXPLICIT_BATCH"),
         "creators": sorted(registry.creators),
         "unknown": unknown,
-        "launches": {name: [check(name, attributes, batch) for batch in (1, 33, 512)] for name, attributes in CASES},
+        "launches": {name: [check(name, attributes, batch) for batch in BATCHES] for name, attributes in CASES.items()},
     }
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""A stand-in for the `tensorrt` module made from a surface file: it checks the SHAPE of calls and nothing else.
+"""A stand-in for `tensorrt` and `tensorrt.plugin` made from a surface file: it checks the SHAPE of calls and no more.
 
 Unknown classes, members, methods, keywords, numbers and types of arguments raise, as does writing what is read-only.
 Every accepted call and write is kept in ``log``. What a call returns is scripted, or made up from its signature.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,7 @@ class SurfaceError(AssertionError):
 
 @dataclass(frozen=True)
 class Signature:
-    """One overload: (name, type, has a default) of each parameter after self, and the type returned."""
+    """One overload: (name, type, has a default) of each parameter but self, and the type returned."""
 
     parameters: tuple[tuple[str, str, bool], ...]
     returns: str
@@ -36,46 +36,63 @@ class Signature:
         match = re.fullmatch(r"\w+\((.*)\)(?: -> (.+))?", line)
         assert match, line
         parameters = []
-        for part in _split(match[1])[1:]:
+        for part in _split(match[1]):
             declaration, equals, _ = part.partition(" = ")
             name, _, kind = declaration.partition(":")
-            parameters.append((name.strip(), kind.strip(), bool(equals)))
+            if name != "self":
+                parameters.append((name.strip(), kind.strip(), bool(equals)))
         return cls(tuple(parameters), (match[2] or "None").strip())
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas that are in no bracket."""
+def _split(text: str, separator: str = ",") -> list[str]:
+    """Split at separators that are in no bracket."""
     parts, depth, start = [], 0, 0
     for place, character in enumerate(text):
         depth += (character in "[(<") - (character in "])>")
-        if character == "," and depth == 0:
+        if character == separator and depth == 0:
             parts.append(text[start:place])
             start = place + 1
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
-class StrictTensorRT(ModuleType):
-    """The module. replies: by ``Class.method`` or ``Class.property``, called with the object and the arguments."""
+class StrictModule(ModuleType):
+    """A module that has the names it was given."""
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(name)
+        self.__version__ = version
+
+    def __getattr__(self, name: str) -> Any:
+        raise SurfaceError(f"{self.__name__} {self.__version__} has no '{name}' in the surface")
+
+
+class StrictTensorRT(StrictModule):
+    """The module, with `plugin`.
+
+    replies: by ``Class.method`` or ``Class.property``, called with the object and the arguments by name; functions of
+    `plugin` by ``plugin.function``.
+    """
 
     def __init__(self, version: str, replies: Mapping[str, Reply] | None = None) -> None:
-        super().__init__("tensorrt")
         surface = json.loads((FOLDER / f"tensorrt_surface_{version}.json").read_text(encoding="utf-8"))
-        self.__version__ = surface["version"]
+        super().__init__("tensorrt", surface["version"])
         self.log: list[tuple[str, tuple[Any, ...]]] = []
         self.replies = dict(replies or {})
         self.kinds: dict[str, type] = {}
         self.enums: dict[str, type[enum.Enum]] = {
             name: enum.IntEnum(name.split(".")[-1], members) for name, members in surface["enums"].items()
         }
-        for name, described in surface["classes"].items():
-            self.kinds[name] = self._make_class(name, described)
-            setattr(self, name, self.kinds[name])
+        plugin, self.plugin = surface["plugin"], StrictModule("tensorrt.plugin", surface["version"])
+        self.kinds |= {name: type(name, (), {}) for name in plugin["private"]}
+        for module, classes in ((self, surface["classes"]), (self.plugin, plugin["classes"])):
+            for name, described in classes.items():
+                self.kinds[name] = self._make_class(name, described)
+                setattr(module, name, self.kinds[name])
+        for name, lines in plugin["functions"].items():
+            setattr(self.plugin, name, self._make_function(f"plugin.{name}", lines))
         for name, kind in self.enums.items():
             owner, _, last = name.rpartition(".")
             setattr(self.kinds[owner] if owner else self, last, kind)
-
-    def __getattr__(self, name: str) -> Any:
-        raise SurfaceError(f"tensorrt {self.__dict__.get('__version__')} has no '{name}' in the surface")
 
     def calls(self, name: str) -> list[tuple[Any, ...]]:
         """Arguments of all calls of a method, or values written to a property (``Class.property=``)."""
@@ -109,8 +126,7 @@ class StrictTensorRT(ModuleType):
             instance.__dict__[member] = value
 
         methods = {
-            method: self._make_method(name, method, [Signature.parse(line) for line in lines])
-            for method, lines in described["methods"].items()
+            method: self._make_function(f"{name}.{method}", lines) for method, lines in described["methods"].items()
         }
         if "__init__" not in methods:
 
@@ -120,13 +136,18 @@ class StrictTensorRT(ModuleType):
             methods["__init__"] = refuse
         if name == "IHostMemory":
             methods["__bytes__"] = lambda instance: module.replies["bytes"](instance)
-        kind = type(name, (), {**methods, "__getattr__": read, "__setattr__": write})
+        bases = tuple(self.kinds[base] for base in described.get("bases", ()))
+        kind = type(name, bases, {**methods, "__getattr__": read, "__setattr__": write})
         return kind
 
-    def _make_method(self, owner: str, name: str, overloads: list[Signature]) -> Callable[..., Any]:
-        assert overloads, f"{owner}.{name} has no signature"
+    def _make_function(self, name: str, lines: Sequence[str]) -> Callable[..., Any]:
+        """A function, or a method where the signatures begin with self."""
+        overloads = [Signature.parse(line) for line in lines]
+        assert overloads, f"{name} has no signature"
+        bound = "(self" in lines[0]
 
-        def call(instance: Any, *arguments: Any, **keywords: Any) -> Any:
+        def call(*given: Any, **keywords: Any) -> Any:
+            instance, arguments = (given[:1], given[1:]) if bound else ((), given)
             reasons = []
             for signature in overloads:
                 try:
@@ -134,10 +155,10 @@ class StrictTensorRT(ModuleType):
                 except SurfaceError as error:
                     reasons.append(str(error))
                     continue
-                self.log.append((f"{owner}.{name}", tuple(values.values())))
-                reply = self.replies.get(f"{owner}.{name}")
-                return reply(instance, **values) if reply else self._made_up(signature.returns)
-            raise SurfaceError(f"{owner}.{name}{arguments}{keywords or ''}: {'; '.join(reasons)}")
+                self.log.append((name, tuple(values.values())))
+                reply = self.replies.get(name)
+                return reply(*instance, **values) if reply else self._made_up(signature.returns)
+            raise SurfaceError(f"{name}{arguments}{keywords or ''}: {'; '.join(reasons)}")
 
         return call
 
@@ -159,6 +180,12 @@ class StrictTensorRT(ModuleType):
         return values
 
     def _fits(self, value: Any, kind: str) -> bool:
+        if " | " in kind and len(choices := _split(kind, "|")) > 1:
+            return any(self._fits(value, choice) for choice in choices)
+        if kind.startswith("tuple["):
+            return isinstance(value, tuple) and all(self._fits(each, kind[6:-1]) for each in value)
+        if kind == "object":
+            return True
         if kind in self.enums:
             return type(value) is self.enums[kind]
         whole = isinstance(value, int) and not isinstance(value, bool | enum.Enum)

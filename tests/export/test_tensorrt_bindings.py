@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_cases import OUTPUT_TYPES
 from strict_tensorrt import FOLDER
 from stub_bindings import UnavailableError, environment, install
 
@@ -64,14 +65,10 @@ def test_every_operator_is_registered(found: dict[str, Any]) -> None:
 
 
 def test_dtypes_are_known_before_sizes_are(found: dict[str, Any]) -> None:
-    assert found["unknown"] == {
-        "score_splits": ["INT64", "FLOAT"],
-        "merge_splits": ["INT64", "INT64", "FLOAT"],
-        "denoise_last": ["FLOAT", "FLOAT", "FLOAT"],
-    }
+    assert found["unknown"] == OUTPUT_TYPES
 
 
-@pytest.mark.parametrize("name", ["score_splits", "merge_splits", "denoise_last"])
+@pytest.mark.parametrize("name", OUTPUT_TYPES)
 def test_symbolic_launches_are_those_of_integers(found: dict[str, Any], name: str) -> None:
     for launch in found["launches"][name]:
         assert launch["outputs"] == launch["expected"]
