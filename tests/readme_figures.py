@@ -32,7 +32,7 @@ NOT_MEASURED = (
     r"stage 1|stage 2|10\.12 or newer|Python 3\.11 or older|TensorRT 10\.16, 11\.1 and 11\.4",
     # Settings of what is measured.
     r"of 32 DDPM steps|at lambda 1 one|as good as 32;|the run's 32 steps|at 32 steps,|the 32-step|batch 1 and",
-    r"seed 0, by|seeds 0, 1 and 2|batches of 512 test histories",
+    r"seed 0, by|seeds 0, 1 and 2|batches of 512 test histories|batches of 128 users",
     # What the software accepts and gives.
     r"exit status 3|ends with status 3|\(1 to the number|the whole 99 % interval|of 3 to 5 rounds expect",
     r"sm_80, 90 and 100, the graphs|above 128 results|16-bit|rounding of 2\^-8 or 2\^-11|heads below 8 or above 128",
@@ -277,6 +277,11 @@ def slow_rounds() -> Values:
     return (speed_record("reference", 32)["timing"]["rounds"],)
 
 
+def epoch_seconds(model: str) -> float:
+    rows = records("training-beauty-cpu-avx2.jsonl")
+    return float(one(rows, model=model, batch_size_users=128, precision="32-true")["timing"]["epoch_seconds"])
+
+
 def targets_without_spills() -> Values:
     (table,) = records("kernels-compiled.json")
     if any(row["spills"] for row in table["rows"]):
@@ -300,6 +305,8 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
     ("the top-20 lists of the two engines agree ({} on {} users)", agreement),
     ("One step keeps {} % [{}, {}] of the 32-step NDCG@20, and {} of its top-20 lists", one_step),
     ("Few calls stand behind the slow rows ({} rounds)", slow_rounds),
+    ("an epoch of Beauty takes {} s in stage 1 and {} s in the main stage", lambda: (
+        epoch_seconds("sasrec"), epoch_seconds("adrec"))),
     ("compiles for sm_{}, {}, {}, {} and {} without spills (`bench/records/kernels-compiled.json`",
      targets_without_spills),
 )  # fmt: skip
