@@ -87,7 +87,11 @@ def utc_now() -> str:
 
 
 def printable_command(arguments: Sequence[str], folder: Path | None = None) -> str:
-    """Return a command line without absolute paths: relative to ``folder`` or the last name."""
+    """Return a command line without absolute paths: relative to ``folder`` or the last name.
+
+    Where the first of `sys.argv` is no command (``-c``, empty, a package's main file), python as it was started: a
+    program given with ``-c`` is not known and stands as three dots.
+    """
     here = (folder or Path.cwd()).resolve()
 
     def shorten(match: re.Match[str]) -> str:
@@ -96,7 +100,11 @@ def printable_command(arguments: Sequence[str], folder: Path | None = None) -> s
         return match.group(1) + (str(path.relative_to(here)) if inside else path.name or ".")
 
     words = [re.sub(r"(^|=)([/~].*)$", shorten, str(argument)) for argument in arguments]
-    if words:
+    if words and Path(words[0]).name == "__main__.py":
+        words[:1] = ["python", "-m", Path(str(arguments[0])).parent.name]
+    elif words and words[0] in ("-c", ""):
+        words[:1] = ["python", "-c", "..."] if words[0] else ["python"]
+    elif words:
         words[0] = Path(words[0]).name
     return " ".join(f"'{word}'" if " " in word else word for word in words)
 

@@ -12,6 +12,7 @@ import torch
 from adrec.data.jagged import Jagged
 from adrec.engines import Engine
 from bench.guest import MEMORY_MEANING, Guest, settled
+from bench.latency_blocks import LatencyBlocks
 from bench.memory import peak_memory_mib
 from bench.record import Estimate, TimingSummary
 from bench.timing import (
@@ -120,6 +121,7 @@ class GroupTimer:
             latency_ms_p99=p99,
             latency_ms_percentiles=percentiles_ms(own.samples_ms),
             round_medians_ms=[round(float(each), 6) for each in own.medians_ms],
+            latencies=LatencyBlocks.of(own.rounds_ms),
             calls=len(own.samples_ms),
             rounds=len(own.rounds_ms),
             throughput_users_per_second=1e3 * cell.batch_size / p50,

@@ -17,6 +17,7 @@ from bench.compression.record import CompressRecord
 from bench.compression.slower import slower_sentences
 from bench.growth_table import growth_table
 from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
+from bench.kernels.records import CPU_NOTE, KernelRecord
 from bench.kind_charts import charts_of_kind
 from bench.markdown import escaped, markdown_table
 from bench.page_parts import facts_box, figure_place, machine_facts
@@ -69,6 +70,8 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
         return _calibration(first, index)
     charts = charts_of_kind(records)
     anchor, title = f"study-{index + 1}", TITLES[first.kind]
+    if all(isinstance(record, KernelRecord) and record.protocol.device == "cpu" for record in records):
+        title = f"{title} ({CPU_NOTE})"
     heads, rows = _table([row for record in records for row in rows_in(record)])
     machine = first.environment
     slower = slower_sentences([record for record in records if isinstance(record, CompressRecord)])

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
+from bench.latency_blocks import LatencyBlocks
 
 BASELINE_MODEL = "sasrec+"
 POPULARITY = "popularity"
@@ -27,7 +28,7 @@ class TimingSummary(Frozen):
     """Latency of one cell: quantiles over ``calls`` samples; ``round_medians_ms`` has one median a round.
 
     ``latency_ms_percentiles``: more of the same quantiles by percentile, ascending, the last that the calls reach
-    (`None` in older records).
+    (`None` in older records). ``latencies``: the samples by round (`None` in older records).
     """
 
     latency_ms_p50: float = Field(gt=0)
@@ -35,6 +36,7 @@ class TimingSummary(Frozen):
     latency_ms_p99: float = Field(gt=0)
     latency_ms_percentiles: dict[float, float] | None = None
     round_medians_ms: list[float]
+    latencies: LatencyBlocks | None = None
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
     throughput_users_per_second: float = Field(gt=0)

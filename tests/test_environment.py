@@ -63,6 +63,9 @@ def test_revision_of_a_checkout_and_of_a_package_inside_another_repository(
         ),
         (["adrec", "--data=/secret/place/data", "~/runs/a b"], "adrec --data=data 'a b'"),
         (["adrec", "runs/baby", "--steps", "1,2"], "adrec runs/baby --steps 1,2"),
+        (["-c", "/secret/baby"], "python -c ... baby"),
+        ([""], "python"),
+        (["/opt/x/lib/pytest/__main__.py", "bench/suites"], "python -m pytest bench/suites"),
     ],
 )
 def test_commands_lose_absolute_paths(words: list[str], expected: str) -> None:

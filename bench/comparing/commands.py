@@ -32,6 +32,8 @@ def compare(
 ) -> None:
     """Compare two files of records row by row.
 
+    Medians of all rows are judged; p99 of serving and p95 of tradeoff rows too, where enough calls lie beyond it.
+
     Exit status: 0 no regression, 1 a row is surely slower or less accurate beyond the bound, or fails now; 2 bad input.
     """
     from adrec.files import check_output, write_text

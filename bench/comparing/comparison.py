@@ -18,7 +18,14 @@ from bench.comparing.rows import (
     shared_parts,
     software_differences,
 )
-from bench.comparing.verdict import AccuracyChange, TimeChange, Verdict, compare_accuracy, judge_times
+from bench.comparing.verdict import (
+    AccuracyChange,
+    TimeChange,
+    Verdict,
+    compare_accuracy,
+    judge_tail,
+    judge_times,
+)
 
 METRIC = "NDCG@20"
 BUSY_SHARE = 0.5
@@ -38,13 +45,25 @@ ORDER: tuple[Verdict, ...] = (
 
 @dataclass(frozen=True)
 class Pair:
-    """One measured thing in both files."""
+    """One measured thing in both files. tail: None where one of them keeps no single calls."""
 
     key: Key
     old: Row
     new: Row
     time: TimeChange
+    tail: TimeChange | None
     accuracy: AccuracyChange | None
+
+    @property
+    def slower_tail(self) -> bool:
+        """Whether the tail is surely slower."""
+        return self.tail is not None and self.tail.verdict == "slower"
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Worst first: by verdict, that of the tail if it is the worse one, then by ratio."""
+        place = ORDER.index(self.time.verdict)
+        return min(place, ORDER.index("slower")) if self.slower_tail else place, -_ratio(self)
 
 
 @dataclass(frozen=True)
@@ -61,8 +80,12 @@ class Comparison:
 
     @property
     def regressions(self) -> list[Pair]:
-        """Pairs that are surely slower, surely less accurate, or fail now, beyond the bounds."""
-        return [each for each in self.pairs if each.time.verdict in REGRESSIONS or self.less_accurate(each)]
+        """Pairs that are surely slower, in the tail too, surely less accurate, or fail now, beyond the bounds."""
+        return [
+            each
+            for each in self.pairs
+            if each.time.verdict in REGRESSIONS or each.slower_tail or self.less_accurate(each)
+        ]
 
     def less_accurate(self, pair: Pair) -> bool:
         """Whether a pair's accuracy surely fell by more than the bound."""
@@ -77,6 +100,8 @@ class Comparison:
         """Counts of verdicts, in words."""
         counts = Counter(each.time.verdict for each in self.pairs)
         parts = [f"{counts[verdict]} {verdict}" for verdict in ORDER if counts[verdict]]
+        if slower := sum(each.slower_tail for each in self.pairs):
+            parts.insert(0, f"{slower} slower in the tail")
         worse = sum(self.less_accurate(each) for each in self.pairs)
         if worse:
             parts.insert(0, f"{worse} less accurate")
@@ -120,9 +145,9 @@ def compare(
             f" ({calibration.workload}, {len(calibration.runs)} runs)"
         )
     pairs = [_pair(key, old[key], new[key], bound, spread, allow_busy_machine) for key in common]
-    notes += _drift_notes(pairs, bound)
+    notes += _drift_notes(pairs, bound) + _tail_notes(pairs) + _repeat_notes(old, new)
     return Comparison(
-        pairs=sorted(pairs, key=lambda each: (ORDER.index(each.time.verdict), -_ratio(each))),
+        pairs=sorted(pairs, key=lambda each: each.order),
         only_old=[key for key in old if key not in new],
         only_new=[key for key in new if key not in old],
         shared=shared_parts(common),
@@ -133,6 +158,7 @@ def compare(
 
 
 def _pair(key: Key, old: Row, new: Row, bound: float, spread: float, allow_busy: bool) -> Pair:
+    tail = None
     if new.error is not None and old.error is None:
         time = TimeChange(None, "fails now", new.error)
     elif old.error is not None and new.error is None:
@@ -140,14 +166,23 @@ def _pair(key: Key, old: Row, new: Row, bound: float, spread: float, allow_busy:
     elif not old.rounds_ms or not new.rounds_ms:
         time = TimeChange(None, "not measured", _untimed(old, new))
     else:
-        time = judge_times(old.rounds_ms, new.rounds_ms, bound, spread)
-        overload = _overload(old) or _overload(new)
-        if overload and not allow_busy and time.verdict in ("slower", "faster"):
-            time = replace(time, verdict="too noisy to tell", reason=f"{time.verdict}, but {overload}")
+        overload = None if allow_busy else _overload(old) or _overload(new)
+        lean = new.pressure - old.pressure
+        time = _believed(judge_times(old.rounds_ms, new.rounds_ms, bound, spread, lean), overload)
+        if old.tail and new.tail:
+            found = judge_tail(old.tail.latencies, new.tail.latencies, new.tail.percentile, bound, spread, lean)
+            tail = _believed(found, overload)
     accuracy = None
     if old.accuracy and new.accuracy and METRIC in old.accuracy.metrics_percent:
         accuracy = compare_accuracy(old.accuracy, new.accuracy, METRIC, old.users == new.users)
-    return Pair(key, old, new, time, accuracy)
+    return Pair(key, old, new, time, tail, accuracy)
+
+
+def _believed(change: TimeChange, overload: str | None) -> TimeChange:
+    """A verdict as it is, or without the certainty that an overloaded machine does not give."""
+    if overload is None or change.verdict not in ("slower", "faster"):
+        return change
+    return replace(change, verdict="too noisy to tell", reason=f"{change.verdict}, but {overload}")
 
 
 def _untimed(old: Row, new: Row) -> str:
@@ -220,6 +255,34 @@ def _drift_notes(pairs: Sequence[Pair], bound: float) -> list[str]:
             " changed rather than one engine"
         ]
     return []
+
+
+def _tail_notes(pairs: Sequence[Pair]) -> list[str]:
+    notes = []
+    if untold := sum(each.time.ratio is not None and each.tail is None for each in pairs):
+        notes.append(
+            f"tails of {untold} rows are not judged: their records keep no single calls (those of serving and tradeoff"
+            " do, unless an older adrec wrote them)"
+        )
+    if any(each.new.pressure != each.old.pressure for each in pairs):
+        notes.append(
+            "arrivals of some servers follow their throughput: intervals hold what other rates than before may change;"
+            " --rate of `adrec bench serving` fixes them"
+        )
+    return notes
+
+
+def _repeat_notes(old: Mapping[Key, Row], new: Mapping[Key, Row]) -> list[str]:
+    notes = []
+    for name, rows in (("old", old), ("new", new)):
+        again = [row for row in rows.values() if row.times_measured > 1]
+        if again:
+            most = max(again, key=lambda row: row.times_measured)
+            notes.append(
+                f"{len(again)} rows of the {name} file were measured more than once and the last counts, such as"
+                f" {label(most.key)} ({most.times_measured} times)"
+            )
+    return notes
 
 
 def _ratio(pair: Pair) -> float:

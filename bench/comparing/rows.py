@@ -1,9 +1,10 @@
-"""What two record files have in common: each record as a key, round medians, accuracy and the machine it ran on."""
+"""What two record files have in common: each record as a key, its times, accuracy and the machine it ran on."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from adrec.environment import Environment
@@ -11,11 +12,12 @@ from adrec.errors import DataError
 from bench.archive import AnyRecord
 from bench.calibration import CalibrationRecord
 from bench.compression.record import CompressRecord
-from bench.kernels.records import EngineRecord, KernelRecord, Measured, Measuring, PathTiming
+from bench.kernels.records import CPU_NOTE, EngineRecord, KernelRecord, Measured, Measuring, PathTiming
+from bench.latency_blocks import LatencyBlocks
 from bench.profiling.record import ProfileRecord
 from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord
 from bench.scaling.record import ScalingRecord
-from bench.serving.records import ServingRecord
+from bench.serving.records import ServingDemand, ServingRecord
 from bench.training_speed.record import TrainingRecord
 
 Key = tuple[tuple[str, str], ...]
@@ -23,10 +25,20 @@ Key = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
+class Tail:
+    """Latencies of single calls, and the percentile of them that people ask about."""
+
+    percentile: float
+    latencies: LatencyBlocks
+
+
+@dataclass(frozen=True)
 class Row:
     """One measured thing. ``rounds_ms``: median of each round; empty where nothing was timed.
 
-    ``users``: what must be equal for two accuracies to be of the same users. ``weights``: fingerprint of the model.
+    ``tail_ms``: p95. ``users``: what must be equal for two accuracies to be of the same users. ``weights``: fingerprint
+    of the model. ``tail``: None where the record keeps no single calls. ``pressure``: by how much its logarithm is
+    higher than another's, a higher load may account for as much of a latency's. ``times_measured``: in its file.
     """
 
     key: Key
@@ -41,6 +53,9 @@ class Row:
     threads: int
     environment: Environment
     measured_at_utc: str
+    tail: Tail | None = None
+    pressure: float = 0.0
+    times_measured: int = 1
 
 
 def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
@@ -57,7 +72,7 @@ def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
                     f"{label(row.key)} was measured twice, on different machines ({'; '.join(differences)}); keep"
                     " one of them in the file"
                 )
-            found[row.key] = row
+            found[row.key] = row if earlier is None else replace(row, times_measured=earlier.times_measured + 1)
     return found
 
 
@@ -98,6 +113,7 @@ def _(record: TradeoffRecord) -> Row:
         error=record.error,
         users=(record.dataset_fingerprint, record.split, str(record.dataset_users)),
         weights=record.model_fingerprint,
+        tail=Tail(95.0, timing.latencies) if timing and timing.latencies else None,
     )
 
 
@@ -127,13 +143,16 @@ def _(record: ServingRecord) -> Row:
         error=record.error,
         users=(record.dataset_fingerprint, record.split, str(record.accuracy.users if record.accuracy else 0)),
         weights=record.model_fingerprint,
+        tail=Tail(99.0, summary.latencies) if summary and summary.latencies else None,
+        pressure=_pressure(demand),
     )
 
 
 @row_of.register
 def _(record: KernelRecord) -> Row:
     sizes = " ".join(f"{name}={size}" for name, size in record.shape.items())
-    key = _key(kernel=record.kernel, path=record.path, shape=sizes, dtype=record.dtype)
+    note = CPU_NOTE if record.protocol.device == "cpu" else None
+    key = _key(kernel=record.kernel, path=record.path, shape=sizes, dtype=record.dtype, note=note)
     return _measured(record, key, record.timing, record.error)
 
 
@@ -168,6 +187,16 @@ def _(record: TrainingRecord) -> Row:
         tail_ms=timing.step_ms_p95 if timing else None,
         error=record.error,
     )
+
+
+def _pressure(demand: ServingDemand) -> float:
+    """Of arrivals that follow the throughput measured just before, and so its noise; else 0, since rates are equal.
+
+    Waiting for a server grows by the power 1 / (1 - load) of the arrival rate at most.
+    """
+    if demand.load is None or not demand.arrivals_per_second:
+        return 0.0
+    return math.log(demand.arrivals_per_second) / max(1.0 - demand.load, 0.05)
 
 
 def _points(record: ScalingRecord) -> Iterator[Row]:
@@ -284,6 +313,8 @@ def _row(
     accuracy: Accuracy | None = None,
     users: tuple[str, ...] = (),
     weights: str = "",
+    tail: Tail | None = None,
+    pressure: float = 0.0,
 ) -> Row:
     """The row of a record, whose clock, device and threads ``measuring`` has."""
     return Row(
@@ -299,6 +330,8 @@ def _row(
         threads=measuring.threads,
         environment=record.environment,
         measured_at_utc=record.measured_at_utc,
+        tail=tail,
+        pressure=pressure,
     )
 
 

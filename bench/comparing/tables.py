@@ -8,9 +8,11 @@ import numpy as np
 from rich.table import Table
 
 from bench.comparing.comparison import METRIC, Comparison, Pair
+from bench.comparing.verdict import TimeChange
 from bench.markdown import escaped
+from bench.record import Estimate
 
-HEADS = ("row", "old, ms", "new, ms", "new / old", "p95", "verdict", f"{METRIC}, points")
+HEADS = ("row", "old, ms", "new, ms", "new / old", "tail", "verdict", f"{METRIC}, points")
 
 
 def console_table(comparison: Comparison) -> Table:
@@ -42,20 +44,19 @@ def markdown_of(comparison: Comparison, old_name: str, new_name: str) -> str:
     lines += ["", *(f"- {escaped(note)}" for note in comparison.notes)]
     lines += [
         "",
-        "Brackets: 99 % interval of the ratio of medians over rounds, 95 % of the accuracy difference (paired over"
-        " users where marked). p95 is not judged: single calls are not kept.",
+        "Brackets: 99 % interval of the ratio (of medians over rounds; in the tail, of the percentile of all calls),"
+        " 95 % of the accuracy difference (paired over users where marked).",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _cells(comparison: Comparison, pair: Pair) -> list[str]:
     ratio = pair.time.ratio
-    verdict = pair.time.verdict if not pair.time.reason else f"{pair.time.verdict}: {pair.time.reason}"
+    verdict = _verdict(pair.time)
+    if pair.slower_tail:
+        verdict += "; slower in the tail"
     if comparison.less_accurate(pair):
         verdict += "; less accurate"
-    tail = "-"
-    if pair.old.tail_ms and pair.new.tail_ms:
-        tail = f"{pair.new.tail_ms / pair.old.tail_ms:.2f}"
     accuracy = "-"
     if pair.accuracy is not None:
         change = pair.accuracy.difference
@@ -65,11 +66,31 @@ def _cells(comparison: Comparison, pair: Pair) -> list[str]:
         comparison.name(pair.key),
         _median(pair.old.rounds_ms),
         _median(pair.new.rounds_ms),
-        "-" if ratio is None else f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]",
-        tail,
+        "-" if ratio is None else _interval(ratio),
+        _tail(pair),
         verdict,
         accuracy,
     ]
+
+
+def _tail(pair: Pair) -> str:
+    """Ratio of the tail and its verdict; of p95, not judged, where single calls are not kept."""
+    change, tail = pair.tail, pair.new.tail
+    if change is None or tail is None:
+        if not pair.old.tail_ms or not pair.new.tail_ms:
+            return "-"
+        return f"p95 {pair.new.tail_ms / pair.old.tail_ms:.2f}, not judged"
+    name = f"p{tail.percentile:g}"
+    ratio = "" if change.ratio is None else f" {_interval(change.ratio)}"
+    return f"{name}{ratio} {_verdict(change)}"
+
+
+def _interval(ratio: Estimate) -> str:
+    return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
+
+
+def _verdict(change: TimeChange) -> str:
+    return f"{change.verdict}: {change.reason}" if change.reason else change.verdict
 
 
 def _median(rounds_ms: Sequence[float]) -> str:

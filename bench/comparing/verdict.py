@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.latency_blocks import LatencyBlocks
 from bench.places import metric_gains, unpack_places
 from bench.record import Accuracy, Estimate
 
 CONFIDENCE = 0.99
 LEAST_ROUNDS = 3
 LEAST_FREEDOM = 3.0
+# Of a percentile that fewer calls lie beyond, the calls at hand say next to nothing.
+LEAST_BEYOND = 10
 RESAMPLES = 4000
 # As if so many rounds of this autocorrelation had been seen before: a few rounds alone cannot tell theirs.
 PRIOR_PERSISTENCE, PRIOR_ROUNDS, MOST_PERSISTENCE = 0.5, 4, 0.9
@@ -25,7 +28,7 @@ Verdict = Literal["slower", "faster", "no difference", "too noisy to tell", "fai
 
 @dataclass(frozen=True)
 class TimeChange:
-    """Ratio new / old of the median over rounds, its 99 % interval, and what it amounts to against the bound."""
+    """Ratio new / old of a median or a tail percentile, its 99 % interval, and what it is against the bound."""
 
     ratio: Estimate | None
     verdict: Verdict
@@ -50,7 +53,12 @@ class AccuracyChange:
 
 
 def judge_times(
-    old_ms: Sequence[float], new_ms: Sequence[float], bound: float, between_runs: float = 0.0, seed: int = 0
+    old_ms: Sequence[float],
+    new_ms: Sequence[float],
+    bound: float,
+    between_runs: float = 0.0,
+    lean: float = 0.0,
+    seed: int = 0,
 ) -> TimeChange:
     """Compare round medians `[n]`, `[m]` in ms of two runs.
 
@@ -58,22 +66,76 @@ def judge_times(
     the whole interval lies within it. Else too noisy to tell, as with fewer than 3 rounds. The interval is a bootstrap
     of the difference of log medians, studentised (few rounds do not know their own spread) and widened by
     `persistence`, since disturbances outlast a round. between_runs: standard deviation of the log time between runs of
-    the same code, from a calibration, by which the interval widens.
+    the same code, from a calibration, by which the interval widens. lean: logarithm of the ratio that something else
+    than the code may have made, towards which the interval extends.
     """
-    if min(len(old_ms), len(new_ms)) < LEAST_ROUNDS:
-        few = min(len(old_ms), len(new_ms))
+    if (few := min(len(old_ms), len(new_ms))) < LEAST_ROUNDS:
         return TimeChange(None, "too noisy to tell", f"{few} rounds; {LEAST_ROUNDS} are needed")
-    generator = np.random.default_rng(seed)
     old, new = np.log(np.asarray(old_ms)), np.log(np.asarray(new_ms))
     change = float(np.median(new) - np.median(old))
-    weight = persistence(old, new)
+
+    def draw(drawn: np.random.Generator) -> NDArray[np.float64]:
+        return _medians(new, drawn) - _medians(old, drawn)
+
+    return _judge((old, new), old.size + new.size, change, draw, bound, between_runs, lean, seed)
+
+
+def judge_tail(
+    old: LatencyBlocks,
+    new: LatencyBlocks,
+    percentile: float,
+    bound: float,
+    between_runs: float = 0.0,
+    lean: float = 0.0,
+    seed: int = 0,
+) -> TimeChange:
+    """Compare a percentile above the 50th of all calls of two runs, as `judge_times` does; blocks are resampled whole.
+
+    What lies beyond comes in bursts, as in a queue: it tells as much as there are blocks that share it. Too noisy to
+    tell where either has fewer than 3 blocks, or fewer than 10 calls lie beyond the percentile.
+    """
+    share, needed = percentile / 100.0, math.ceil(100 * LEAST_BEYOND / (100.0 - percentile))
+    if (few := min(old.calls, new.calls)) < needed:
+        return TimeChange(None, "too noisy to tell", f"{few} calls; {needed} are needed")
+    if (few := min(old.blocks, new.blocks)) < LEAST_ROUNDS:
+        return TimeChange(None, "too noisy to tell", f"{few} rounds; {LEAST_ROUNDS} are needed")
+    change = float(new.log_quantile(share)[0] - old.log_quantile(share)[0])
+    by_block = old.log_quantile(share, np.eye(old.blocks)), new.log_quantile(share, np.eye(new.blocks))
+
+    def draw(drawn: np.random.Generator) -> NDArray[np.float64]:
+        taken = [
+            drawn.multinomial(each.blocks, np.full(each.blocks, 1 / each.blocks), RESAMPLES) for each in (new, old)
+        ]
+        return new.log_quantile(share, taken[0]) - old.log_quantile(share, taken[1])
+
+    rounds = old.blocks_beyond(share) + new.blocks_beyond(share)
+    return _judge(by_block, rounds, change, draw, bound, between_runs, lean, seed)
+
+
+def _judge(
+    series: tuple[NDArray[np.float64], NDArray[np.float64]],
+    rounds: float,
+    change: float,
+    draw: Callable[[np.random.Generator], NDArray[np.float64]],
+    bound: float,
+    between_runs: float,
+    lean: float,
+    seed: int,
+) -> TimeChange:
+    """Judge a logarithm of a ratio by its bootstrap; series: what each round says, for how long noise lasts.
+
+    rounds: that stand behind the change, of both runs together.
+    """
+    generator = np.random.default_rng(seed)
+    weight = persistence(*series)
     inflation = (1.0 + weight) / (1.0 - weight)
-    freedom = max(LEAST_FREEDOM, (old.size + new.size) / inflation - 2.0)
+    freedom = max(LEAST_FREEDOM, rounds / inflation - 2.0)
     student = np.sqrt(inflation * freedom / generator.chisquare(freedom, RESAMPLES))
-    changes = change + student * (_medians(new, generator) - _medians(old, generator) - change)
+    changes = change + student * (draw(generator) - change)
     if between_runs > 0.0:
         changes = changes + generator.normal(0.0, math.sqrt(2.0) * between_runs, RESAMPLES)
-    low, high = np.exp(np.quantile(changes, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    ends = np.quantile(changes, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) - [max(lean, 0.0), min(lean, 0.0)]
+    low, high = np.exp(ends)
     ratio = Estimate(value=math.exp(change), low=float(low), high=float(high))
     slower, faster = 1.0 + bound, 1.0 / (1.0 + bound)
     if low > slower:

@@ -78,6 +78,11 @@ def records_of(content: object, where: str) -> list[AnyRecord]:
             f"{where}: not a file of pytest-benchmark but {described(content)}, without a list of 'benchmarks';"
             " `pytest bench/suites --benchmark-json=FILE.json` writes one"
         )
+    if not content["benchmarks"] and not content.get(UNTIMED):
+        raise DataError(
+            f"{where}: its list of 'benchmarks' is empty, as after a run that selected or measured none; run"
+            " `pytest bench/suites --benchmark-only --benchmark-json=FILE.json` again"
+        )
     machine = content.get("machine_info")
     environment = machine.get(MACHINE) if isinstance(machine, dict) else None
     untimed = content.get(UNTIMED, [])

@@ -1,4 +1,7 @@
-"""`adrec bench kernels`: time the kernels on a GPU against what they replace, or whole engines against each other."""
+"""`adrec bench kernels`: time the kernels on a GPU against what they replace, or whole engines against each other.
+
+On a CPU the twins that take the kernels' place.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +46,22 @@ def bench_kernels(
     items: Annotated[str, typer.Option(help="With --engines: sizes of the catalogue.")] = "12000,1000000,10000000",
     width: Annotated[int, typer.Option(min=8, max=4096, help="With --engines: model width.")] = 128,
     seconds_per_path: Annotated[float, typer.Option(help="Time budget of each path in a row's comparison.")] = 1.0,
-    device: Annotated[str, typer.Option(help="cuda, cuda:N; cpu only with --engines, as a smoke run.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cuda, cuda:N; cpu: the kernels' twins, or engines.")] = "cuda",
     out: Annotated[Path, typer.Option(help="Records file (JSON lines).")] = Path("kernels-bench.jsonl"),
     append: Annotated[bool, typer.Option("--append", help="Add to the records file instead of replacing it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar and no table.")] = False,
 ) -> None:
-    """Time each kernel against its eager twin, the compiled twin and a copy of the same bytes; needs a CUDA device.
+    """Time each kernel against its eager twin, the compiled twin and a copy of the same bytes, on a CUDA device.
 
-    With --engines: whole engines on a random model. Exit status 1 when a row failed, 2 for bad input.
+    With --device cpu no kernel runs: its twins are timed, by default in float32 at the paper's shape. With --engines:
+    whole engines on a random model. Exit status 1 when a row failed, 2 for bad input.
     """
     from adrec.environment import printable_command
     from adrec.errors import ConfigError
     from adrec.files import check_output
     from bench.kernels.measure import KernelBench, Timer
-    from bench.kernels.selection import choose_cases, choose_entries
+    from bench.kernels.records import CPU_NOTE
+    from bench.kernels.selection import choose_cases, choose_entries, choose_twins
     from bench.progress import SweepProgress
     from bench.timing import TimingProtocol, clock_for
 
@@ -70,16 +75,22 @@ def bench_kernels(
     if not append:
         check_partial(out)
     # Names before the device: a slip of the pen should not wait for a GPU.
-    cases: list[Case] = [] if engines else choose_cases(kernel, shape, dtype)
+    cases: list[Case] = []
+    if not engines:
+        cases = choose_twins(kernel, shape, dtype) if device == "cpu" else choose_cases(kernel, shape, dtype)
+    if cuda_graph and device == "cpu":
+        raise ConfigError("--cuda-graph: there are none with --device cpu; leave it out")
     where = check_bench_device(device, engines=engines)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     sweep = _engine_sweep(paths, batch_sizes, steps, items, width) if engines else None
     with SweepProgress(console, quiet=quiet) as progress:
         if where.type == "cpu":
-            progress.say("note: on a CPU this is a smoke run; its times say nothing about a GPU")
+            what = "on a CPU this is a smoke run" if engines else CPU_NOTE
+            progress.say(f"note: {what}; its times say nothing about a GPU")
         timer = Timer(where, TimingProtocol(seconds=seconds_per_path), clock_for(where), printable_command(sys.argv))
         if sweep is None:
-            rows: Iterator[KernelsRecord] = KernelBench(timer, graph=cuda_graph).rows(cases, progress.update)
+            bench = KernelBench.on_a_cpu(timer) if where.type == "cpu" else KernelBench(timer, graph=cuda_graph)
+            rows: Iterator[KernelsRecord] = bench.rows(cases, progress.update)
         else:
             rows = sweep(timer, progress.update)
         found = write_rows(rows, out, append=append)
@@ -124,7 +135,7 @@ def partial_path(out: Path) -> Path:
 
 
 def check_bench_device(name: str, *, engines: bool) -> torch.device:
-    """Return the device; raises NotSupportedError where kernels would be interpreted or not run at all."""
+    """Return the device; raises NotSupportedError for a CUDA device that is not there or would run no kernel."""
     import torch
 
     from adrec.devices import check_device
@@ -133,14 +144,10 @@ def check_bench_device(name: str, *, engines: bool) -> torch.device:
 
     elsewhere = "`adrec bench kernels --list`, `adrec kernels compile` and `adrec kernels roofline` need no GPU"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        smoke = "; a smoke run of engines: --engines --device cpu --paths reference,cached" if engines else ""
-        raise NotSupportedError(f"kernels are timed on a CUDA device, and torch finds none here. {elsewhere}{smoke}")
+        cpu = "a smoke run of engines: --engines --device cpu --paths reference,cached"
+        cpu = cpu if engines else "the kernels' twins: --device cpu"
+        raise NotSupportedError(f"kernels are timed on a CUDA device, and torch finds none here. {elsewhere}; {cpu}")
     device = check_device(name)
-    if device.type == "cpu" and not engines:
-        raise NotSupportedError(
-            "--device cpu: kernels are timed on a CUDA device; on a CPU they only run in Triton's interpreter, whose"
-            f" times are worthless. {elsewhere}"
-        )
     if device.type == "cuda" and not _runtime.AVAILABLE:
         raise NotSupportedError("Triton is not installed: pip install 'adrec[triton]' (Linux)")
     if device.type == "cuda" and _runtime.INTERPRETED:
@@ -172,9 +179,12 @@ def write_rows(rows: Iterator[KernelsRecord], out: Path, *, append: bool) -> lis
 
 def rows_table(found: list[KernelsRecord]) -> Table:
     """A table of rows: time, what it is of the floor, ratio to the baseline, and how near the results are."""
+    from bench.kernels.records import KernelRecord
 
+    notes = {row.note for row in found if isinstance(row, KernelRecord) and row.note}
     table = Table(
-        "what", "path", "median, us", "p95, us", "GB/s", "floor", "time to baseline", "memory, MiB", "results"
+        *("what", "path", "median, us", "p95, us", "GB/s", "floor", "time to baseline", "memory, MiB", "results"),
+        title="; ".join(sorted(notes)) or None,
     )
     for row in found:
         if row.timing is None:

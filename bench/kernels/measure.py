@@ -1,4 +1,7 @@
-"""Each kernel against its eager twin, the compiled twin and a plain copy of as many bytes, interleaved."""
+"""Each kernel against its eager twin, the compiled twin and a plain copy of as many bytes, interleaved.
+
+On a CPU, where no kernel runs, the twins against the copy; every row says so.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from adrec.environment import Environment, read_environment
 from bench.kernels.gpus import gpu_of_device
-from bench.kernels.records import KernelRecord, Measuring, PathTiming, Roof
+from bench.kernels.records import CPU_NOTE, KernelRecord, Measuring, PathTiming, Roof
 from bench.kernels.selection import dtype_name
 from bench.memory import peak_memory_mib
 from bench.record import Estimate
@@ -42,6 +45,11 @@ KERNEL, GRAPH, TWIN, COMPILED, COPY = "kernel", "kernel in a CUDA graph", "eager
 def max_autotune(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` at its best, for one set of shapes."""
     return torch.compile(function, mode="max-autotune", dynamic=False)
+
+
+def compile_for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for one set of shapes; without tuning, which takes minutes on a CPU."""
+    return torch.compile(function, dynamic=False)
 
 
 @dataclass
@@ -116,11 +124,20 @@ class Timer:
 
 @dataclass
 class KernelBench:
-    """Measures cases; ``compile_twin`` makes the compiled twin, ``graph`` adds the kernel in a CUDA graph."""
+    """Measures cases; ``compile_twin`` makes the compiled twin, ``graph`` adds the kernel in a CUDA graph.
+
+    compile_twin None: no compiled twin. twins_only: no kernel, ratios are to the copy; for a CPU, see `on_a_cpu`.
+    """
 
     timer: Timer
-    compile_twin: Callable[[Callable[..., Any]], Callable[..., Any]] = max_autotune
+    compile_twin: Callable[[Callable[..., Any]], Callable[..., Any]] | None = max_autotune
     graph: bool = False
+    twins_only: bool = False
+
+    @classmethod
+    def on_a_cpu(cls, timer: Timer, *, compiled: bool = True) -> KernelBench:
+        """Measures twins eager, compiled where torch's compiler takes them and it is wanted, against a copy."""
+        return cls(timer, compile_for_cpu if compiled else None, twins_only=True)
 
     def rows(self, cases: Sequence[Case], report: Callable[[str, float, float], None]) -> Iterator[KernelRecord]:
         """Measure every case; yield a row for each path, with its error where it failed."""
@@ -134,15 +151,17 @@ class KernelBench:
 
     def _case(self, case: Case, report: Report) -> Iterator[KernelRecord]:
         cost = case.entry.cost(case.shape, case.dtype)
-        # Otherwise the twin would count as recompiled for each case, and run eagerly from the eighth on.
-        torch.compiler.reset()
+        if self.compile_twin is not None:
+            # Otherwise the twin would count as recompiled for each case, and run eagerly from the eighth on.
+            torch.compiler.reset()
         try:
             calls = self._calls(case, cost)
         except Exception as error:
-            timings: dict[str, PathTiming | str] = {KERNEL: f"inputs: {describe_error(error)}"}
+            first = TWIN if self.twins_only else KERNEL
+            timings: dict[str, PathTiming | str] = {first: f"inputs: {describe_error(error)}"}
             results: dict[str, object] = {}
         else:
-            timings, results = self.timer.measure(calls, KERNEL, report)
+            timings, results = self.timer.measure(calls, self._baseline, report)
         for path, timing in timings.items():
             yield self._row(case, path, cost, timing, results)
 
@@ -153,17 +172,23 @@ class KernelBench:
         # Moves as many bytes as the kernel must: half are read, half written.
         source = torch.zeros(max(1, cost.bytes // 2), dtype=torch.int8, device=device)
         target = torch.empty_like(source)
-        calls: dict[str, Sequence[Callable[[], object]]] = {KERNEL: [partial(entry.run, **each) for each in inputs]}
+        calls: dict[str, Sequence[Callable[[], object]]] = {}
+        if not self.twins_only:
+            calls[KERNEL] = [partial(entry.run, **each) for each in inputs]
         if self.graph:
             seeded = [partial(entry.run, **_with_device_seed(each, device)) for each in inputs]
             captured = _Captured(seeded, device)
             calls[GRAPH] = [partial(captured, number) for number in range(count)]
-        compiled = self.compile_twin(entry.twin)
-        return calls | {
-            TWIN: [partial(entry.twin, **each) for each in inputs],
-            COMPILED: [partial(compiled, **each) for each in inputs],
-            COPY: [partial(target.copy_, source)],
-        }
+        calls[TWIN] = [partial(entry.twin, **each) for each in inputs]
+        # Noise is drawn by NumPy on a CPU, in unsigned integers that torch's compiler for CPUs does not promote.
+        if self.compile_twin is not None and not (self.twins_only and draws_noise(inputs[0])):
+            compiled = self.compile_twin(entry.twin)
+            calls[COMPILED] = [partial(compiled, **each) for each in inputs]
+        return calls | {COPY: [partial(target.copy_, source)]}
+
+    @property
+    def _baseline(self) -> str:
+        return COPY if self.twins_only else KERNEL
 
     def _row(
         self, case: Case, path: str, cost: Cost, timing: PathTiming | str, results: Mapping[str, object]
@@ -181,7 +206,7 @@ class KernelBench:
         return KernelRecord(
             measured_at_utc=now_utc(),
             path=path,
-            baseline=KERNEL,
+            baseline=self._baseline,
             timing=measured,
             roof=self.timer.roof(cost, case.dtype, measured),
             error=error,
@@ -194,7 +219,13 @@ class KernelBench:
             dtype=dtype_name(case.dtype),
             rms_ratio=ratio,
             different_integers=different,
+            note=CPU_NOTE if self.twins_only else None,
         )
+
+
+def draws_noise(inputs: Mapping[str, Any]) -> bool:
+    """Whether a kernel with these arguments draws random numbers."""
+    return "seed" in inputs and inputs.get("dropout", 1.0) > 0.0
 
 
 def compare_results(found: object, expected: object) -> tuple[float | None, float | None]:

@@ -12,6 +12,8 @@ from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
 from bench.record import Estimate
 
+CPU_NOTE = "CPU: twins only, no kernel ran"
+
 
 class PathTiming(Frozen):
     """Latency of one path in microseconds: quantiles over ``calls`` samples, one median a round.
@@ -78,6 +80,7 @@ class KernelRecord(Measured):
 
     ``rms_ratio`` is the root mean square of the difference to the eager twin's floating-point results over theirs, the
     largest over the results; ``different_integers`` the share of integer results that differ. None for a copy.
+    ``note``: what a reader must know of the row, above all that no kernel ran (`None` in older records).
     """
 
     kind: Literal["kernel"] = "kernel"
@@ -87,6 +90,7 @@ class KernelRecord(Measured):
     dtype: str
     rms_ratio: float | None
     different_integers: float | None
+    note: str | None = None
 
 
 class EngineRecord(Measured):

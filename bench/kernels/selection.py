@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,7 +13,8 @@ from adrec.errors import ConfigError, nearest
 from kernels.inventory import Case, Entry, Shape, entries
 
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
-CUSTOM = "custom"
+CUSTOM, SMALL = "custom", "small"
+SMALL_SIZES: Shape = {"users": 8, "tokens": 64, "items": 500, "steps": 2}
 
 
 def choose_cases(
@@ -36,6 +38,19 @@ def choose_cases(
     if not cases:
         raise ConfigError(f"no kernel matches --kernel {kernel}, --shape {shape} and --dtype {dtype} together")
     return cases
+
+
+def choose_twins(
+    kernel: str = "*", shape: str | None = None, dtype: str | None = None, *, small: bool = False
+) -> list[Case]:
+    """`choose_cases` for a CPU, where twins run in place of kernels: by default the paper's shape, in float32 only.
+
+    small: a few users and items instead, for the least that exercises everything.
+    """
+    chosen = choose_cases(kernel, shape or "paper", dtype or "float32")
+    if not small:
+        return chosen
+    return [replace(case, shape_name=SMALL, shape=_replaced(case.shape, SMALL_SIZES)) for case in chosen]
 
 
 def choose_entries(kernel: str = "*", known: Sequence[Entry] | None = None) -> list[Entry]:
@@ -70,7 +85,9 @@ def choose_shapes(text: str | None, chosen: Sequence[Entry]) -> dict[str, Mappin
 
 
 def pick(name: str, known: Collection[str], option: str) -> str:
-    """Return the name; raises ConfigError with the nearest and all of them when it is not known."""
+    """Return the name; raises ConfigError with the nearest and all of them when it is empty or not known."""
+    if not name:
+        raise ConfigError(f"{option}: a name is empty; there are: {', '.join(known)}")
     if name not in known:
         raise ConfigError(f"{option} {name} is not known{nearest(name, known)}; there are: {', '.join(known)}")
     return name

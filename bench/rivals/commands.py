@@ -39,6 +39,7 @@ def bench_recbole(
     """
     from adrec.commands.options import integers
     from adrec.environment import printable_command
+    from adrec.errors import ConfigError
     from adrec.files import check_output
     from bench.console import wide_console
     from bench.progress import SweepProgress
@@ -49,6 +50,8 @@ def bench_recbole(
     from bench.timing import TimingProtocol
     from bench.tradeoff import pinned_threads
 
+    if python == "":
+        raise ConfigError("--python is empty: name an interpreter that has RecBole, or leave it out for this one")
     target = out or run / "bench" / "recbole.jsonl"
     check_output(target, "--out", make_folder=True)
     sizes = sorted(set(integers(batch_sizes, "--batch-sizes", 1, 2**20)))

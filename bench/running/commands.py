@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bench.running.unit import Unit
 
 ENGINES_HELP = "Engines, comma-separated."
+SERVER_OPTIONS = ("rate", "load", "bound_ms", "wait_ms")
 
 
 def list_suites(
@@ -107,7 +108,7 @@ def run_suites(
         data=data,
         users=users,
         seconds=seconds_per_cell,
-        engines=tuple(check_paths(engines or "reference,cached", "--engines")),
+        engines=tuple(check_paths("reference,cached" if engines is None else engines, "--engines")),
         engines_named=engines is not None,
         compressed=tuple(compressed or ()),
     )
@@ -155,6 +156,7 @@ def check_engines(names: Sequence[str], units: Sequence[Unit]) -> None:
 
 
 def serving(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Folder of a trained run.", show_default=False)],
     engines: Annotated[str, typer.Option(help=ENGINES_HELP)] = "cached",
     steps: Annotated[
@@ -187,7 +189,7 @@ def serving(
 
     Exit status 1 when a scenario failed or its figures do not count, 2 for bad input.
     """
-    from adrec.commands.options import integers
+    from adrec.commands.options import given, integers
     from adrec.devices import check_device
     from adrec.engines import ENGINES
     from adrec.environment import printable_command
@@ -197,7 +199,7 @@ def serving(
     from bench.progress import SweepProgress
     from bench.running.session import write_whole
     from bench.serving.measure import SCENARIOS, Policy, ServingBench
-    from bench.serving.scenarios import Extent
+    from bench.serving.scenarios import Extent, arrival_count
     from bench.serving.tables import serving_table
     from bench.subject import load_subject
     from bench.tradeoff import pinned_threads
@@ -211,13 +213,23 @@ def serving(
     target = out or run / "bench" / "serving.jsonl"
     check_output(target, "--out", make_folder=True)
     chosen = pick_all(scenarios, SCENARIOS, "--scenarios")
+    if "server" not in chosen and (unread := given(context, SERVER_OPTIONS)):
+        raise ConfigError(
+            f"{', '.join(unread)}: read by scenario server only, and --scenarios is {scenarios}; add server, or leave"
+            f" {'it' if len(unread) == 1 else 'them'} out"
+        )
+    if rate is not None and given(context, ["load"]):
+        raise ConfigError(f"--load {load}: not read with --rate, which fixes the arrivals; leave one of them out")
+    extent = Extent(seconds, queries, seconds_most)
+    if "server" in chosen:
+        arrival_count(rate or 0.0, extent)
     names, where = pick_all(engines, ENGINES, "--engines"), check_device(device)
     subject = load_subject(run, data, "test", users)
     settings = subject.run.settings
     trained = step_count(None, settings.model) or 1
     plans: list[Steps] = [settings.serving or 1] if steps is None else [*integers(steps, "--steps", 1, trained)]
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    policy = Policy(Extent(seconds, queries, seconds_most), batch_most, wait_ms, bound_ms, rate, load, seed)
+    policy = Policy(extent, batch_most, wait_ms, bound_ms, rate, load, seed)
     with pinned_threads(threads), SweepProgress(console, quiet=quiet) as progress:
         bench = ServingBench(subject, policy, where, printable_command(sys.argv))
         cells = [

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel
 
 from adrec.environment import read_environment
 from bench.running.unit import Context, Report, Unit
+
+if TYPE_CHECKING:
+    from kernels.inventory import Case
 
 
 @dataclass(frozen=True)
@@ -33,25 +37,29 @@ class _StageReport:
         self.report(done_seconds, expected_seconds)
 
 
-def _needs_gpu(context: Context) -> str | None:
-    """On a CPU nothing is left to compare: kernels are interpreted, and no compiler takes twins that draw noise."""
+def _needs_triton(context: Context) -> str | None:
+    """On a GPU, where kernels run; on a CPU their twins do."""
     from kernels import _runtime
 
-    if context.device.type != "cuda":
-        return "needs a CUDA device: --device cuda"
-    return None if _runtime.AVAILABLE and not _runtime.INTERPRETED else "needs Triton, not interpreted"
+    if context.device.type != "cuda" or (_runtime.AVAILABLE and not _runtime.INTERPRETED):
+        return None
+    return "needs Triton, not interpreted"
 
 
 def _kernels(context: Context) -> list[Unit]:
     from bench.kernels.measure import KernelBench, Timer
-    from bench.kernels.selection import choose_cases, dtype_name
+    from bench.kernels.selection import choose_cases, choose_twins, dtype_name
     from bench.timing import clock_for
 
     timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
-    cases = choose_cases(shape="paper" if context.smoke else None)
+    if context.device.type == "cpu":
+        # Compiling takes longer than a smoke run may.
+        bench, cases = KernelBench.on_a_cpu(timer, compiled=not context.smoke), choose_twins(small=context.smoke)
+    else:
+        bench, cases = KernelBench(timer, graph=True), choose_cases(shape="paper" if context.smoke else None)
 
-    def measure(case: object, report: Report) -> Iterable[BaseModel]:
-        return KernelBench(timer, graph=True).rows([case], lambda stage, done, expected: report(done, expected))  # type: ignore[list-item]
+    def measure(case: Case, report: Report) -> Iterable[BaseModel]:
+        return bench.rows([case], lambda stage, done, expected: report(done, expected))
 
     return [
         Unit(
@@ -315,7 +323,12 @@ def _rivals(context: Context) -> list[Unit]:
 
 
 SUITES: tuple[Suite, ...] = (
-    Suite("kernels", "each Triton kernel against its eager twin, torch.compile and a copy", _kernels, _needs_gpu),
+    Suite(
+        "kernels",
+        "each Triton kernel against its eager twin, torch.compile and a copy; on a CPU no kernel runs, the twins do",
+        _kernels,
+        _needs_triton,
+    ),
     Suite(
         "engines",
         "engines, compiled and exported rivals, SASRec+: catalogue x batch x steps; random models, without an accuracy"

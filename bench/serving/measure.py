@@ -16,6 +16,7 @@ from adrec.respacing import Steps, sampler_name, step_count
 from bench.accuracy import RESULTS, AccuracyBook
 from bench.kernels.measure import now_utc
 from bench.kernels.selection import dtype_name
+from bench.latency_blocks import LatencyBlocks
 from bench.record import Accuracy
 from bench.serving.records import Scenario, ServingDemand, ServingRecord, ServingSummary
 from bench.serving.scenarios import (
@@ -184,7 +185,7 @@ class ServingBench:
 
 
 def summarise(served: Served, problems: list[str], bound_ms: float | None) -> ServingSummary:
-    """Quantiles over queries (offline: over batches), and medians of consecutive windows for later comparison."""
+    """Quantiles over queries (offline: over batches), and what a later comparison needs of consecutive windows."""
     times = np.asarray(served.times_ms)
     p50, p90, p95, p99 = (float(each) for each in np.quantile(times, [0.5, 0.9, 0.95, 0.99]))
     windows = [part for part in np.array_split(times, min(WINDOWS, times.size)) if part.size]
@@ -197,6 +198,7 @@ def summarise(served: Served, problems: list[str], bound_ms: float | None) -> Se
         latency_ms_p99=p99,
         latency_ms_most=float(times.max()),
         window_medians_ms=[round(float(np.median(part)), 6) for part in windows],
+        latencies=LatencyBlocks.of(windows),
         throughput_users_per_second=served.queries / served.seconds,
         bound_met_fraction=None if bound_ms is None else float((times <= bound_ms).mean()),
         busy_fraction=served.busy_seconds / served.seconds,

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from adrec.environment import Environment, Frozen
+from bench.latency_blocks import LatencyBlocks
 from bench.record import Accuracy
 
 Scenario = Literal["single stream", "server", "offline"]
@@ -25,7 +26,7 @@ class ServingDemand(Frozen):
     batch_most: int
     wait_most_ms: float
     latency_bound_ms: float | None
-    arrivals_per_second: float | None
+    arrivals_per_second: float | None = Field(gt=0)
     load: float | None
     seed: int
 
@@ -33,7 +34,8 @@ class ServingDemand(Frozen):
 class ServingSummary(Frozen):
     """Latency of single users from arrival to result, and what the server did meanwhile.
 
-    ``window_medians_ms``: median latency (offline: time of a batch) in consecutive windows of equally many queries.
+    ``window_medians_ms``: median latency (offline: time of a batch) in consecutive windows of equally many queries;
+    ``latencies``: all of them by window (`None` in older records).
     ``valid``: duration and query count were reached, the server kept up with its arrivals, and 99 % of its queries met
     the latency bound, where there is one.
     """
@@ -46,6 +48,7 @@ class ServingSummary(Frozen):
     latency_ms_p99: float = Field(gt=0)
     latency_ms_most: float = Field(gt=0)
     window_medians_ms: list[float]
+    latencies: LatencyBlocks | None = None
     throughput_users_per_second: float = Field(gt=0)
     bound_met_fraction: float | None = Field(ge=0, le=1)
     busy_fraction: float = Field(ge=0)

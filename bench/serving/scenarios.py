@@ -15,6 +15,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adrec.errors import ConfigError
+
 Serve = Callable[[range], object]
 """Answers the queries of these numbers in one batch."""
 
@@ -23,6 +25,7 @@ Progress = Callable[[float, float], None]
 SPIN_SECONDS = 0.002
 SATURATED = 0.98
 BOUND_SHARE = 0.99
+MOST_ARRIVALS = 10_000_000
 
 
 class Timeline(Protocol):
@@ -126,9 +129,24 @@ def server(
     return found
 
 
+def arrival_count(rate: float, extent: Extent) -> int:
+    """How many queries arrive at a rate a second until both minima of the extent are reached.
+
+    Raises ConfigError beyond ten million, which are drawn before the first one arrives.
+    """
+    count = max(float(extent.queries_least), rate * extent.seconds_least)
+    if count > MOST_ARRIVALS:
+        raise ConfigError(
+            f"{rate:g} arrivals a second, for {extent.seconds_least:g} seconds and {extent.queries_least} queries at"
+            f" least, are {count:.3g} arrivals; allowed are {MOST_ARRIVALS}: give a lower --rate or --load, or fewer"
+            " --seconds or --queries"
+        )
+    return math.ceil(count)
+
+
 def poisson_arrivals(rate: float, extent: Extent, seed: int) -> NDArray[np.float64]:
-    """Arrival times in seconds of a Poisson process, so many that both minima of the extent are reached."""
-    count = max(extent.queries_least, math.ceil(rate * extent.seconds_least))
+    """Arrival times in seconds of a Poisson process, as many as `arrival_count` says."""
+    count = arrival_count(rate, extent)
     gaps = np.random.default_rng(seed).exponential(1.0 / rate, count)
     times: NDArray[np.float64] = np.cumsum(gaps)
     return times

@@ -15,7 +15,7 @@ import torch
 from adrec.environment import printable_command, read_environment
 from bench.conversion.pytest_json import describe_benchmark
 from bench.kernels.measure import compare_results, now_utc
-from bench.kernels.records import KernelRecord, Roof
+from bench.kernels.records import CPU_NOTE, KernelRecord, Roof
 from bench.kernels.selection import dtype_name
 from bench.suites.measured import measuring
 from kernels import _runtime
@@ -81,4 +81,5 @@ def row(case: Case, path: str, cost: Cost, ratio: float | None, different: float
         dtype=dtype_name(case.dtype),
         rms_ratio=ratio,
         different_integers=different,
+        note=CPU_NOTE if DEVICE.type == "cpu" else None,
     )  # fmt: skip

@@ -134,6 +134,11 @@ def test_command_line(records: list[AnyRecord], tmp_path: Path) -> None:
     assert read_any(back) == records
     with pytest.raises(ConfigError, match=r"expected records\.jsonl benchmark\.json"):
         raise invoke(str(lines), str(back)).exception
+    for empty in ({"benchmarks": []}, {"benchmarks": [], UNTIMED: []}):
+        table.write_text(json.dumps(empty))
+        with pytest.raises(DataError, match=r"table\.json: its list of 'benchmarks' is empty"):
+            raise invoke(str(table), str(tmp_path / "new" / "none.jsonl")).exception
+    assert not (tmp_path / "new").exists()
     table.write_text("{broken")
     with pytest.raises(DataError, match="not a JSON file of pytest-benchmark"):
         raise invoke(str(table), str(back)).exception

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from adrec.engines import ENGINES
-from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
+from adrec.errors import ConfigError, DataError, NotSupportedError
 from bench.archive import read_any
 from bench.cli import register
 from bench.progress import SweepProgress
@@ -330,6 +330,8 @@ def test_command_line(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    with pytest.raises(ConfigError, match="--engines: a name is empty; there are: "):
+        raise invoke("run", "tradeoff", "--engines", "", "--out", str(tmp_path / "none")).exception
     monkeypatch.setattr("bench.running.runner.run_units", stop)
     stopped = invoke("run", "engines", *options, "--resume")
     assert stopped.exit_code == 130
@@ -356,30 +358,6 @@ def test_without_a_run_an_untrained_model_is_measured(tmp_path: Path) -> None:
     assert "accuracies mean nothing" in context.notices[0]
     first = (tmp_path / "untrained-run" / "run" / "run.json").read_text()
     assert context_of(tmp_path, users=9).subject.run.fingerprint in first
-
-
-def test_serving_command(tiny_run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "serving.jsonl"
-    shared = [str(tiny_run), "--steps", "1", "--users", "9", "--quiet", "--out", str(out), "--batch-most", "2"]
-    late = invoke("serving", *shared, "--queries", "4", "--seconds", "0", "--rate", "500", "--bound-ms", "1e-6")
-    assert late.exit_code == 1
-    assert "0.0% of the queries, of at least 99%" in " ".join(late.output.split())
-    done = invoke("serving", *shared, "--seconds", "0", "--queries", "4", "--rate", "500", "--bound-ms", "1e6")
-    # Whether the server kept up with its arrivals depends on the machine; that the exit status says so does not.
-    assert done.exit_code == int("no: the server was busy" in done.output), done.output
-    assert "100.0% in 1e+06 ms" in done.output
-    assert len(read_any(out)) == 3
-    short = invoke("serving", *shared, "--queries", "100000", "--seconds-most", "0.01", "--scenarios", "offline")
-    assert short.exit_code == 1
-    assert "of at least 100000 queries" in " ".join(short.output.split())
-    for arguments, message in (
-        (["--rate", "0"], "--rate 0.0: must be above 0"),
-        (["--scenarios", "streaming"], "--scenarios streaming is not known"),
-        (["--steps", "9"], "allowed: 1 to 4"),
-        (["--wait-ms", "-1"], "--wait-ms -1.0: must be 0 or more"),
-    ):
-        with pytest.raises(AdrecError, match=message):
-            raise invoke("serving", *shared, *arguments).exception
 
 
 def test_a_smoke_run_of_everything(tmp_path: Path) -> None:

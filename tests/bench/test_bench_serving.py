@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adrec.errors import ConfigError
 from bench.archive import read_any
 from bench.comparing.rows import row_of
 from bench.json_lines import json_line
@@ -129,6 +130,13 @@ def test_arrivals_reach_both_minima_at_the_rate() -> None:
     assert np.array_equal(arrivals, poisson_arrivals(10.0, Extent(1.0, 50_000), 0))
 
 
+def test_more_arrivals_than_can_be_drawn_are_refused() -> None:
+    assert len(poisson_arrivals(2.0**40, Extent(2.0**-30, 5), 0)) == 1024
+    for rate, extent in ((1e12, Extent(60.0, 1)), (1.0, Extent(0.0, 10_000_001)), (1e308, Extent(60.0, 1))):
+        with pytest.raises(ConfigError, match="arrivals; allowed are 10000000: give a lower --rate or --load, or"):
+            poisson_arrivals(rate, extent, 0)
+
+
 def test_single_stream_and_offline_reach_both_minima() -> None:
     timeline = FakeTimeline()
     found = single_stream(Worker(timeline, 0.25), timeline, Extent(2.0, 3), silent)
@@ -174,6 +182,9 @@ def test_summary_by_hand() -> None:
     assert (found.bound_met_fraction, found.throughput_users_per_second, found.batch_mean) == (0.9, 10.0, 2.0)
     assert len(found.window_medians_ms) == 20
     assert found.window_medians_ms[0] == 3.0
+    assert found.latencies is not None
+    assert (found.latencies.blocks, found.latencies.calls) == (20, 100)
+    assert np.exp(found.latencies.log_quantile(0.9)) == pytest.approx(90.0, rel=0.011)
     assert summarise(Served([5.0], [1], 1.0, 1.0), ["why"], None).valid is False
 
 

@@ -256,7 +256,10 @@ def test_an_interpreter_without_recbole_is_named(monkeypatch: pytest.MonkeyPatch
     assert "pip install 'adrec[recbole]'" in str(caught.value)
 
 
-def test_an_interpreter_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_interpreter_that_is_none_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    empty = CliRunner().invoke(application(), ["bench", "recbole", str(tiny_run), "--python", ""])
+    with pytest.raises(ConfigError, match="--python is empty: name an interpreter that has RecBole"):
+        raise empty.exception or AssertionError
     with pytest.raises(ConfigError, match=r"nowhere: no such program"):
         start(str(tmp_path / "nowhere"))
 
