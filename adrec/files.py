@@ -16,6 +16,9 @@ OF_A_RUN = {
 }  # fmt: skip
 """Files without which a run is none: no report or record may take their place."""
 
+OF_A_DATA_SET = {"dataset.json", "items.parquet", "users.parquet", "sequences.parquet"}
+"""Files of a prepared data set, protected likewise."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -61,8 +64,9 @@ def check_output(path: Path, option: str, make_folder: bool = False) -> None:
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} is {path}: not a regular file; give the name of a file, new or to be replaced")
     place = path.resolve()
-    if path.exists() and place.name in OF_A_RUN and (place.parent / "run.json").is_file():
-        raise ConfigError(f"{option} is {path}: a file of the run {place.parent.name}; give another name")
+    for kind, mark, files in (("run", "run.json", OF_A_RUN), ("data set", "dataset.json", OF_A_DATA_SET)):
+        if path.exists() and place.name in files and (place.parent / mark).is_file():
+            raise ConfigError(f"{option} is {path}: a file of the {kind} {place.parent.name}; give another name")
     if make_folder:
         _check_folder(path.parent, path, option)
     elif not path.parent.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from adrec.data.csv_text import csv_rows
 from adrec.data.json_text import parse_json
 from adrec.errors import DataError
 from adrec.files import check_output, replacing
@@ -28,7 +29,10 @@ SMALLEST_MERGE = 2**16
 
 @dataclass(frozen=True)
 class UserHistory:
-    """user: the file's user id, or the row number where it has none. history: raw item ids, oldest first."""
+    """user: the file's user id, text or an integer, or the row number where it has none.
+
+    history: raw item ids, oldest first.
+    """
 
     user: Any
     history: list[Any]
@@ -103,15 +107,18 @@ class SeenUsers:
 def _read_csv(path: Path, separator: str) -> Iterator[UserHistory]:
     with path.open("rb") as file:
         lines = _Lines(path, file)
-        reader = csv.DictReader(lines, strict=True)
+        rows = (row for row in csv_rows(lines, strict=True) if row)
         try:
-            columns = list(reader.fieldnames or [])
+            columns = next(rows, [])
+            _refuse_repeated(columns, path)
             if "history" in columns:
-                for number, row in enumerate(reader):
-                    text = _cell(row, "history", path, lines.number)
-                    yield UserHistory(row.get("user") or number, _split(text, separator, path, lines.number))
+                for number, row in enumerate(rows):
+                    names = ("user", "history") if "user" in columns else ("history",)
+                    *user, text = _cells(row, columns, names, path, lines.number)
+                    # An empty cell is how CSV writes that there is no user.
+                    yield UserHistory("".join(user) or number, _split(text, separator, path, lines.number))
             elif {"user", "item"} <= set(columns):
-                pairs = (tuple(_cell(row, name, path, lines.number) for name in ("user", "item")) for row in reader)
+                pairs = (_cells(row, columns, ("user", "item"), path, lines.number) for row in rows)
                 seen = SeenUsers()
                 for user, group in groupby(pairs, key=lambda pair: pair[0]):
                     if not seen.add(user):
@@ -121,14 +128,28 @@ def _read_csv(path: Path, separator: str) -> Iterator[UserHistory]:
                 found = ", ".join(columns) or "none"
                 raise DataError(f"{path}: columns are {found}; expected 'history', or 'user' and 'item'")
         except csv.Error as error:
-            raise DataError(f"{path}, line {lines.number}: not readable as CSV: {error}") from None
+            lone = "a carriage return without a line feed; end lines in LF or CRLF"
+            detail = lone if "new-line" in str(error) else error
+            raise DataError(f"{path}, line {lines.number}: not readable as CSV: {detail}") from None
 
 
-def _cell(row: dict[str, Any], column: str, path: Path, line: int) -> str:
-    value = row.get(column)
-    if value is None:
-        raise DataError(f"{path}, line {line}: no value for column '{column}'")
-    return value
+def _refuse_repeated(columns: Sequence[str], path: Path) -> None:
+    for name in ("user", "item", "history"):
+        if columns.count(name) > 1:
+            raise DataError(f"{path}: column '{name}' stands {columns.count(name)} times; keep one of them")
+
+
+def _cells(row: list[str], columns: list[str], names: Sequence[str], path: Path, line: int) -> tuple[str, ...]:
+    """The values of the columns ``names``; raises DataError for a row that lacks one or is longer than the header."""
+    if len(row) > len(columns):
+        raise DataError(
+            f"{path}, line {line}: {len(row)} fields, the header has {len(columns)}; quote a history that holds a comma"
+        )
+    places = [columns.index(name) for name in names]
+    for name, place in zip(names, places, strict=True):
+        if place >= len(row):
+            raise DataError(f"{path}, line {line}: no value for column '{name}'")
+    return tuple(row[place] for place in places)
 
 
 def _split(text: str, separator: str, path: Path, line: int) -> list[Any]:
@@ -156,40 +177,53 @@ def _read_jsonl(path: Path) -> Iterator[UserHistory]:
                 raise DataError(
                     f"{path}, line {lines.number}: expected an object with 'history' (and 'user'), found {found}"
                 )
-            user = row.get("user", lines.number - 1)
-            if isinstance(user, bool) or not isinstance(user, str | int):
-                raise DataError(
-                    f"{path}, line {lines.number}: 'user' is {str(user)[:80]!r}; expected text or an integer, or no"
-                    " 'user' at all"
-                )
+            user = _user(row.get("user", lines.number - 1), path, lines.number)
             yield UserHistory(user, _checked(row["history"], path, lines.number))
 
 
 def _read_parquet(path: Path) -> Iterator[UserHistory]:
     try:
         source = pq.ParquetFile(path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
     names = source.schema_arrow.names
+    _refuse_repeated(names, path)
     if "history" not in names:
         raise DataError(
             f"{path}: columns are {', '.join(names)}; expected 'history' (a list of ids) and optionally 'user'"
         )
     number = 0
-    for batch in source.iter_batches(4096, columns=[name for name in ("user", "history") if name in names]):
-        histories = batch.column("history").to_pylist()
-        users = batch.column("user").to_pylist() if "user" in names else range(number, number + len(histories))
-        for user, history in zip(users, histories, strict=True):
-            number += 1
-            yield UserHistory(user, _checked(history, path, number))
+    try:
+        for batch in source.iter_batches(4096, columns=[name for name in ("user", "history") if name in names]):
+            histories = batch.column("history").to_pylist()
+            users = batch.column("user").to_pylist() if "user" in names else range(number, number + len(histories))
+            for user, history in zip(users, histories, strict=True):
+                number += 1
+                yield UserHistory(_user(user, path, number), _checked(history, path, number))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        # A page that does not decode, bytes that are no text.
+        detail = str(error).splitlines()[0]
+        raise DataError(f"{path}: cannot be read after row {number} ({detail}); write the file again") from None
+
+
+def _user(user: Any, path: Path, line: int) -> Any:
+    if not _is_id(user):
+        raise DataError(
+            f"{path}, line {line}: 'user' is {str(user)[:80]!r}; expected text or an integer, or no 'user' at all"
+        )
+    return user
 
 
 def _checked(history: Any, path: Path, line: int) -> list[Any]:
-    if not isinstance(history, list) or not all(isinstance(item, str | int) for item in history):
+    if not isinstance(history, list) or not all(map(_is_id, history)):
         raise DataError(
             f"{path}, line {line}: 'history' is {str(history)[:80]!r}; expected a list of text or integer ids"
         )
     return history
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 class Writer(Protocol):

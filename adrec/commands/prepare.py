@@ -16,8 +16,10 @@ Prepare raw interactions: filter, order by time, split, and write Parquet files 
 \b
 INPUT, recognised by name and content; text may be gzipped
 - CSV or TSV with named columns; Parquet with named columns
-- MovieLens: u.data, ratings.dat, ratings.csv
-- Amazon reviews: JSON lines of 2014, 2018 or 2023
+- MovieLens: u.data, ratings.dat, ratings.csv. Four numbers between tabs are
+  u.data by name, by --format movielens, or if the first line's third is at
+  most 10 (a rating) and its fourth at least 100000000 (a time)
+- Amazon reviews: JSON lines of 2014, 2018 or 2023 (not a JSON array)
 - RecBole: .inter with typed columns
 - the ADRec authors' dataset.pkl
 
@@ -28,6 +30,8 @@ Rules, in the order they apply
   that is no number; an id with a tab or a line break.
 - Ids of CSV-like text are integers when the whole column is (007 is not),
   else strings, kept as they are.
+- Ids of JSON lines are what the first line's is: all integers, or all text;
+  then another value counts as the text that spells it (5 is "5").
 - Times count s, ms, us or ns since 1970, by the size of the largest.
 - --min-rating drops rows rated lower.
 - A user's interactions are ordered by time; ties keep the input's order.

@@ -38,9 +38,10 @@ def recommend(
 ) -> None:
     """Recommend for every user of a file, streaming; the output appears only when it is complete.
 
-    Input: columns `user` and `history` (a list; in CSV a JSON list or ids joined by --separator), or in CSV one
-    interaction a row (`user`, `item`), a user's rows together, oldest first. Users without a known item get the most
-    popular ones and say so in the column `source`.
+    Input: columns `user` (text or integers) and `history` (a list; in CSV a JSON list or ids joined by --separator,
+    quoted if it holds a comma), or in CSV one interaction a row (`user`, `item`), a user's rows together, oldest
+    first. Without a `user`, users are numbered by row. Users without a known item get the most popular ones and say
+    so in the column `source`.
     """
     from adrec.errors import ConfigError
     from adrec.files import check_output

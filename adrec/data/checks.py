@@ -32,7 +32,8 @@ def check_table(table: RawTable, min_rating: float | None) -> CheckedTable:
     Rules: an id is never empty and never holds a tab or a line break (lists of recommendations are printed as
     tab-separated lines); a time is a finite number; a rating is a finite number where ``min_rating`` asks for
     one. Ids of a text format become integers when every one of the column is a 64-bit integer in its usual
-    form (``7``, ``-7``; not ``007`` or ``+7``), otherwise all stay strings. The unit of numeric times follows
+    form (``7``, ``-7``; not ``007`` or ``+7``), otherwise all stay strings; in JSON lines all must be integers when
+    the first is one, and an id holds no ``\\u0000``. The unit of numeric times follows
     from the largest: below 1e11 seconds, below 1e14 milliseconds, below 1e17 microseconds, else nanoseconds.
     Raises: `DataError` naming file and line of the first bad row.
     """
@@ -41,6 +42,8 @@ def check_table(table: RawTable, min_rating: float | None) -> CheckedTable:
         _refuse_type(table, role, schema[role])
     time, exact_time = _number(schema["time"], "time")
     faults = [*_id_faults("user", schema["user"]), *_id_faults("item", schema["item"])]
+    if table.json:
+        faults += [fault for role in ("user", "item") for fault in _json_id_faults(role, role in table.untyped)]
     faults.append(_number_fault("time", time, "a number (seconds since 1970-01-01)"))
     if min_rating is not None:
         rating, _ = _number(schema["rating"], "rating")
@@ -83,6 +86,23 @@ def _id_faults(role: str, kind: pl.DataType) -> list[Fault]:
     if not kind.is_integer():
         broken = column.str.contains(r"[\t\n\r]")
         faults.append((broken, role, lambda value: f"the {role} id {value!r} holds a tab or a line break; remove it"))
+    return faults
+
+
+def _json_id_faults(role: str, integers: bool) -> list[Fault]:
+    # Polars reads half of a surrogate pair, which is no text, as a NUL.
+    nul = pl.col(role).str.contains("\0", literal=True)
+    faults: list[Fault] = [
+        (nul, role, lambda value: f"the {role} id {value!r} holds \\u0000 or half of a surrogate pair; remove it")
+    ]
+    if integers:
+        faults.append(
+            (
+                ~_is_integer(role),
+                role,
+                lambda value: f"the {role} id {value!r} is no 64-bit integer, the first is a number; write all as text",
+            )
+        )
     return faults
 
 

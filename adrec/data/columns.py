@@ -46,11 +46,11 @@ class ChosenColumns:
 
 
 def choose_columns(place: str, present: Sequence[str], asked: ColumnNames, needs_rating: bool) -> ChosenColumns:
-    """Pick one column of ``present`` for each role: the one asked for, else the first known name.
+    """Pick one column of ``present`` for each role: the one asked for, else the earliest of its known names.
 
     Known names are compared without case, ``_``, ``-`` and blanks, so ``userId``, ``User_ID`` and ``user id``
     are one name. ``place`` starts every message (file, and line where there is one). Raises: `DataError` for
-    a column that is missing, listed twice in the file, or chosen for two roles.
+    a column that is missing, listed twice in the file, also in two spellings, or chosen for two roles.
     """
     user, item, time = (_choose(place, present, getattr(asked, role), role) for role in ("user", "item", "time"))
     # A rating is read only to filter by it, so that a bad rating cannot stop a run that ignores ratings.
@@ -71,10 +71,13 @@ def _choose(place: str, present: Sequence[str], asked: str | None, role: str) ->
         if asked not in present:
             raise DataError(f"{place}: no column {asked!r}{nearest(asked, present)}; the columns are {listing}")
         return asked
-    plain = {_plain(name): name for name in reversed(present)}
     for known in KNOWN_NAMES[role]:
-        if _plain(known) in plain:
-            return plain[_plain(known)]
+        found = list(dict.fromkeys(name for name in present if _plain(name) == _plain(known)))
+        if len(found) > 1:
+            both = " and ".join(map(repr, found))
+            raise DataError(f"{place}: columns {both} both name the {role}; choose one with --{role}-column")
+        if found:
+            return found[0]
     raise DataError(
         f"{place}: no {role} column among {listing}; name it with --{role}-column "
         "(a file without a header line needs one)"

@@ -14,6 +14,8 @@ from adrec.errors import DataError, nearest
 HEAD_BYTES = 1 << 20
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FOUR_NUMBERS = re.compile(r"\d+\t\d+\t(\d+(?:\.\d+)?)\t(\d+)")
+JSON_ARRAY = re.compile(r"\s*\[\s*([\[{]|$)")
 TYPED_COLUMN = re.compile(r"[^:\t]+:(token|token_seq|float|float_seq)")
 
 
@@ -58,7 +60,8 @@ def open_source(path: Path, asked: str | None = None) -> Source:
 
     A directory is accepted when exactly one file in it has a known name (``u.data``, ``ratings.dat``,
     ``ratings.csv``, ``dataset.pkl``, ``*.inter``). Raises: `DataError` for a missing or empty file, an
-    unknown ``--format``, or content that fits no format.
+    unknown ``--format``, content that fits no format, and text that no format reads: UTF-16, lines that end in a
+    carriage return alone, a JSON array.
     """
     path = _file_in(path)
     head, compressed = _read_head(path)
@@ -69,7 +72,10 @@ def open_source(path: Path, asked: str | None = None) -> Source:
     names = [known.value for known in Format]
     if asked not in names:
         raise DataError(f"--format {asked!r}{nearest(asked, names)}: must be one of {', '.join(names)}")
-    return Source(path, Format(asked), compressed, head)
+    given = Format(asked)
+    if given not in (Format.PARQUET, Format.AUTHORS):
+        _refuse_text(path, _first_line(head))
+    return Source(path, given, compressed, head)
 
 
 def _file_in(path: Path) -> Path:
@@ -113,12 +119,20 @@ def _recognise(path: Path, head: bytes) -> Format:
     if (head[:1] == b"\x80" and head[1:2] <= b"\x05") or name.endswith((".pkl", ".pickle")):
         return Format.AUTHORS
     line = _first_line(head)
+    _refuse_text(path, line)
     if name.endswith(".inter") or TYPED_COLUMN.fullmatch(line.split("\t")[0]):
         return Format.RECBOLE
     if line.startswith("{"):
         return Format.AMAZON
-    if name == "ratings.dat" or is_ratings_dat(line) or is_u_data(line):
+    if name == "ratings.dat" or is_ratings_dat(line):
         return Format.MOVIELENS
+    if is_four_numbers(line):
+        if name == "u.data" or _may_be_u_data(line):
+            return Format.MOVIELENS
+        raise DataError(
+            f"{path}: line 1: {line!r} is no header, and not 'user, item, rating up to 10, time from 100000000' as in "
+            "u.data; put a line of column names first, or give --format movielens if the columns have this order"
+        )
     if any(separator in line for separator in ",\t;|"):
         return Format.CSV
     listing = "; ".join(f"{known.value}: {DESCRIPTIONS[known]}" for known in Format)
@@ -130,9 +144,27 @@ def is_ratings_dat(line: str) -> bool:
     return line.count("::") == 3
 
 
-def is_u_data(line: str) -> bool:
-    """Whether a line is four numbers separated by tabs (user, item, rating, time), so not a header."""
-    return re.fullmatch(r"\d+\t\d+\t\d+(\.\d+)?\t\d+", line) is not None
+def is_four_numbers(line: str) -> bool:
+    """Whether a line is four numbers separated by tabs, so not a header."""
+    return FOUR_NUMBERS.fullmatch(line) is not None
+
+
+def _may_be_u_data(line: str) -> bool:
+    """Whether the third of four numbers may be a rating and the last one a time, in seconds from 1973 on."""
+    found = FOUR_NUMBERS.fullmatch(line)
+    return found is not None and float(found[1]) <= 10 and int(found[2]) >= 10**8
+
+
+def _refuse_text(path: Path, line: str) -> None:
+    """Refuse text that no reader takes, by its first line."""
+    if "\0" in line:
+        raise DataError(f"{path}: line 1: not UTF-8, it looks like UTF-16; convert the file to UTF-8")
+    if "\r" in line:
+        raise DataError(f"{path}: line 1: a carriage return without a line feed; end lines in LF or CRLF")
+    if JSON_ARRAY.match(line):
+        raise DataError(
+            f"{path}: line 1: a JSON array; write one object a line (pandas: to_json(orient='records', lines=True))"
+        )
 
 
 def _first_line(head: bytes) -> str:

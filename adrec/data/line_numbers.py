@@ -7,10 +7,13 @@ again line by line, so that good files do not pay for it.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from adrec.data.csv_text import LONGEST_FIELD, csv_rows
 from adrec.data.json_text import parse_json
 
 BYTE_ORDER_MARK = "\ufeff"
@@ -24,15 +27,15 @@ def line_of_row(path: Path, row: int, layout: str, separator: str) -> int:
     """
     if layout == "quoted":
         header = True
-        records = _records(path, separator)
-        for start, fields, _ in records:
-            if header:
-                # Blank lines before the header are no rows; after it they are (empty) rows.
-                header = not fields
-            elif row == 0:
-                return start
-            else:
-                row -= 1
+        with suppress(csv.Error):
+            for start, fields, _ in _records(path, separator):
+                if header:
+                    # Blank lines before the header are no rows; after it they are (empty) rows.
+                    header = not fields
+                elif row == 0:
+                    return start
+                else:
+                    row -= 1
         return 1
     if layout == "json":
         for number, line in enumerate(_lines(path), start=1):
@@ -60,7 +63,7 @@ def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple
             if not line.strip():
                 continue
             try:
-                if not isinstance(parse_json(line), dict):
+                if not isinstance(parse_json(line, constants=False), dict):
                     return number, f"expected a JSON object, found {line.strip()[:40]!r}"
             except ValueError as error:
                 return number, f"not a JSON object ({error})"
@@ -70,7 +73,7 @@ def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple
             if line.count(separator) >= width:
                 return number, f"{line.count(separator) + 1} fields, expected {width}"
         return None
-    number = 1
+    number, text = 1, ""
     try:
         for number, fields, text in _records(path, separator):
             if len(fields) > width:
@@ -80,8 +83,11 @@ def malformed_line(path: Path, layout: str, separator: str, width: int) -> tuple
                 )
             if text.count('"') % 2:
                 return number, "a quote is opened and not closed; double a quote that is part of a value"
-    except csv.Error as error:
-        return number, f"{error}"
+            if not _is_strict(text, separator):
+                return number, "text stands behind a closing quote; double a quote that is part of a value"
+    except csv.Error:
+        longest = f"{LONGEST_FIELD >> 20} MiB"
+        return number + text.count("\n"), f"a field is longer than {longest}; is a quote opened and not closed?"
     return None
 
 
@@ -113,7 +119,17 @@ def _records(path: Path, separator: str) -> Iterator[tuple[int, list[str], str]]
             yield line
 
     start = 1
-    for fields in csv.reader(remembered(), delimiter=separator):
+    # What Polars takes for part of a value and Python's reader refuses.
+    plain = (re.sub(r"\r(?!\n)|\0", " ", line) for line in remembered())
+    for fields in csv_rows(plain, separator):
         yield start, fields, "".join(text)
         start += len(text)
         text.clear()
+
+
+def _is_strict(record: str, separator: str) -> bool:
+    """Whether quotes stand only where Polars takes them."""
+    try:
+        return bool(list(csv_rows([record], separator, strict=True)))
+    except csv.Error as error:
+        return "expected after" not in str(error)

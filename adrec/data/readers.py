@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import gzip
 import re
@@ -15,7 +14,8 @@ from pathlib import Path
 import polars as pl
 
 from adrec.data.columns import ColumnNames, choose_columns
-from adrec.data.formats import BYTE_ORDER_MARK, TYPED_COLUMN, Format, Source, is_u_data
+from adrec.data.csv_text import csv_rows
+from adrec.data.formats import BYTE_ORDER_MARK, TYPED_COLUMN, Format, Source, is_four_numbers
 from adrec.data.json_text import parse_json
 from adrec.data.line_numbers import line_of_row, malformed_line, row_note
 from adrec.errors import DataError
@@ -32,12 +32,14 @@ class RawTable:
     frame: columns ``row`` (0-based row of the file), ``user``, ``item``, ``time`` and, when asked for,
     ``rating``; from text they are strings, from Parquet they have the file's types. place: turns a ``row``
     into the start of a message, the file and the line (row for Parquet). untyped: the roles whose strings may
-    stand for integers, because the format cannot tell the two apart.
+    stand for integers, because the format cannot tell the two apart. json: the text was JSON; strings of ``untyped``
+    roles must then be integers.
     """
 
     frame: pl.LazyFrame
     place: Callable[[int], str]
     untyped: frozenset[str]
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,22 @@ def read_table(source: Source, asked: ColumnNames, needs_rating: bool, work: Pat
         where = malformed_line(text, layout.kind, layout.separator, len(layout.names))
         detail = f"line {where[0]}: {where[1]}" if where else f"cannot be parsed ({str(error).splitlines()[0]})"
         raise DataError(f"{source.path}: {detail}") from None
-    untyped = {role for name, role in renames.items() if role in ("user", "item")}
-    if layout.kind == "json":
-        # JSON says whether an id is a number or a string; only numbers may become integers.
-        first = _first_object(source)
-        untyped = {role for role in untyped if not isinstance(first[getattr(columns, role)], str)}
 
     def place(row: int) -> str:
         line = line_of_row(text, row, layout.kind, layout.separator)
         return f"{source.path}: line {line}{row_note(text, line, layout.kind, layout.separator, len(layout.names))}"
 
-    return RawTable(pl.scan_parquet(parsed, glob=False), place, frozenset(untyped))
+    untyped = {"user", "item"}
+    if layout.kind == "json":
+        # JSON says whether an id is a number or a string; only numbers may become integers.
+        first = _first_object(source)
+        for role in ("user", "item"):
+            value = first[getattr(columns, role)]
+            if isinstance(value, str):
+                untyped.remove(role)
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise DataError(f"{place(0)}: the {role} is {str(value)[:80]}; write text or an integer")
+    return RawTable(pl.scan_parquet(parsed, glob=False), place, frozenset(untyped), layout.kind == "json")
 
 
 def _read_parquet(source: Source, asked: ColumnNames, needs_rating: bool) -> RawTable:
@@ -101,9 +108,9 @@ def _layout(source: Source) -> _TextLayout:
         return _TextLayout("header", "\t", _untyped_names(source.path, line))
     if source.format is Format.MOVIELENS and "::" in line:
         return _TextLayout("bare", "::", MOVIELENS_COLUMNS)
-    if source.format is Format.MOVIELENS and is_u_data(line):
+    if source.format is Format.MOVIELENS and is_four_numbers(line):
         return _TextLayout("bare", "\t", MOVIELENS_COLUMNS)
-    headers = {separator: next(csv.reader([line], delimiter=separator)) for separator in SEPARATORS}
+    headers = {separator: next(csv_rows([line], separator)) for separator in SEPARATORS}
     separator = max(SEPARATORS, key=lambda candidate: len(headers[candidate]))
     return _TextLayout("quoted", separator, tuple(headers[separator]))
 
@@ -121,7 +128,7 @@ def _untyped_names(path: Path, header: str) -> tuple[str, ...]:
 
 def _first_object(source: Source) -> dict[str, object]:
     try:
-        first = parse_json(source.first_line)
+        first = parse_json(source.first_line, constants=False)
     except ValueError as error:
         raise DataError(f"{source.path}: line 1: not a JSON object ({error})") from None
     if not isinstance(first, dict):

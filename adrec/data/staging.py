@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adrec.errors import DataError
-from adrec.files import check_output_folder, usual_mode
-
-DATASET_FILES = frozenset({"dataset.json", "items.parquet", "users.parquet", "sequences.parquet"})
+from adrec.files import OF_A_DATA_SET, check_output_folder, usual_mode
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
@@ -27,7 +25,7 @@ def check_destination(out: Path, overwrite: bool) -> None:
     if not out.is_dir():
         raise DataError(f"{out}: is a file; --out must be a directory, new, empty or a data set")
     present = {entry.name for entry in out.iterdir()}
-    foreign = sorted(present - DATASET_FILES)
+    foreign = sorted(present - OF_A_DATA_SET)
     if foreign:
         raise DataError(f"{out}: holds {foreign[0]!r}, which adrec did not write; choose a new or empty directory")
     if present and not overwrite:

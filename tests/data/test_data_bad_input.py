@@ -11,12 +11,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from adrec.data import csv_text
 from adrec.data.dataset import Dataset
 from adrec.data.prepare import PrepareOptions, prepare
 from adrec.errors import DataError
 
 HEADER = "user_id,item_id,timestamp,rating\n"
 REVIEW = '{"reviewerID": "A1", "asin": "B", "overall": 5.0, "unixReviewTime": 5}\n'
+LONG_TEXT = "x" * 140_000
 
 CASES: dict[str, tuple[str, str | bytes, str]] = {
     "empty": ("log.csv", "", r"log\.csv: line 1: the file is empty"),
@@ -57,6 +59,69 @@ CASES: dict[str, tuple[str, str | bytes, str]] = {
         r"line 2: byte 0xff is not UTF-8",
     ),
     "column twice": ("log.csv", "user_id,user_id,item_id,time\n1,2,3,4\n", r"'user_id' stands 2 times"),
+    "two spellings": (
+        "log.csv",
+        "userId,user_id,item_id,time\n1,2,3,4\n",
+        r"line 1: columns 'userId' and 'user_id' both name the user; choose one with --user-column",
+    ),
+    "text behind a quote": (
+        "log.csv",
+        HEADER + '1,2,3,4\n"1"x,2,3,4\n',
+        r"line 3: text stands behind a closing quote; double a quote",
+    ),
+    "UTF-16": ("log.csv", HEADER.encode("utf-16"), r"log\.csv: line 1: not UTF-8, it looks like UTF-16; convert"),
+    "UTF-16 without a mark": ("log.csv", HEADER.encode("utf-16-le"), r"line 1: not UTF-8, it looks like UTF-16"),
+    "carriage returns": (
+        "log.csv",
+        HEADER.replace("\n", "\r") + "1,2,3,4\r",
+        r"line 1: a carriage return without a line feed; end lines in LF or CRLF",
+    ),
+    "carriage return in an id": (
+        "log.csv",
+        HEADER + "1,2,3,4\na\rb,2,3,4\n",
+        r"line 3: the user id 'a\\rb' holds a tab or a line break",
+    ),
+    "long text, bad time": (
+        "log.csv",
+        "text," + HEADER + LONG_TEXT + ",1,2,3,4\n,1,2,soon,4\n",
+        r"line 3: the time 'soon'",
+    ),
+    "long text, too many fields": (
+        "log.csv",
+        "text," + HEADER + LONG_TEXT + ",1,2,3,4\n,1,2,3,4,5\n",
+        r"line 3: 6 fields, the header has 5",
+    ),
+    "four numbers": (
+        "log.tsv",
+        "1\t10\t1300000000\t5\n1\t11\t1200000000\t1\n",
+        r"log\.tsv: line 1: .* is no header.*give --format movielens",
+    ),
+    "four small numbers": ("log.tsv", "1\t10\t5\t3\n", r"line 1: .* is no header"),
+    "json array": ("log.json", "[" + REVIEW.strip() + "]", r"line 1: a JSON array; write one object a line"),
+    "json array, long": ("log.csv", "[" + REVIEW.strip() * 3000 + "]", r"line 1: a JSON array; write one object"),
+    "json array, indented": ("log.json", "[\n " + REVIEW + "]", r"line 1: a JSON array; write one object a line"),
+    "json NaN": (
+        "log.json",
+        REVIEW + REVIEW.replace("5.0", "NaN"),
+        r"line 2: not a JSON object \(NaN is not JSON; write null\)",
+    ),
+    "json NaN first": ("log.json", REVIEW.replace("5.0", "NaN"), r"line 1: not a JSON object \(NaN is not JSON"),
+    "json half pair": (
+        "log.json",
+        REVIEW + REVIEW.replace("A1", r"A\ud800"),
+        r"line 2: the user id 'A\\x00' holds \\u0000 or half of a surrogate pair",
+    ),
+    "json half pair within": (
+        "log.json",
+        REVIEW + REVIEW.replace("A1", r"\udc00A"),
+        r"line 2: not a JSON object \(\\udc00 is half of a surrogate pair",
+    ),
+    "json half pair first": ("log.json", REVIEW.replace("A1", r"A\ud800"), r"line 1: .*half of a surrogate pair"),
+    "json mixed ids": (
+        "log.json",
+        REVIEW.replace('"A1"', "7") + REVIEW,
+        r"line 2 .*: the user id 'A1' is no 64-bit integer, the first is a number; write all as text",
+    ),
     "u.data short": ("u.data", "1\t2\t3\t4\n1\t2\t3\n", r"u\.data: line 2 \(3 fields, expected 4\): no value"),
     "u.data long": ("u.data", "1\t2\t3\t4\n1\t2\t3\t4\t5\n", r"u\.data: line 2: 5 fields, expected 4"),
     "ratings.dat": ("ratings.dat", "1::2::3::4\n1::2::3::x\n", r"ratings\.dat: line 2: the time 'x'"),
@@ -262,6 +327,27 @@ def test_options_do_not_apply_to_prepared_lists(tmp_path: Path) -> None:
     (tmp_path / "dataset.pkl").write_bytes(pickle.dumps({"train": [[1]], "val": [[]], "test": [[]]}))
     refused(tmp_path / "dataset.pkl", "--core does not apply", core=5)
     refused(tmp_path / "dataset.pkl", "--min-rating does not apply", min_rating=1.0)
+
+
+@pytest.mark.parametrize("value", ["true", "1.5", '{"$oid": "a"}', '["a", "b"]'])
+def test_json_ids_of_another_type(tmp_path: Path, value: str) -> None:
+    (tmp_path / "log.json").write_text(REVIEW.replace('"A1"', value))
+    refused(tmp_path / "log.json", r"log\.json: line 1 .*: the user is .*; write text or an integer")
+
+
+@pytest.mark.parametrize("content", ["[" + REVIEW + "]", "a,b\rc,d\r", "a\0b"])
+def test_text_that_no_format_reads_is_refused_for_a_given_format_too(tmp_path: Path, content: str) -> None:
+    (tmp_path / "log").write_text(content, newline="")
+    for name in ("csv", "movielens", "amazon", "recbole"):
+        refused(tmp_path / "log", "line 1: (not UTF-8|a carriage return|a JSON array)", format=name)
+
+
+def test_a_quote_that_is_never_closed_does_not_take_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_text, "LONGEST_FIELD", 1000)
+    (tmp_path / "log.csv").write_text(HEADER + '1,2,3,4\n1,"2,3,4\n' + "1,2,3,4\n" * 1000)
+    refused(tmp_path / "log.csv", r"line 3: a field is longer than .*; is a quote opened and not closed\?")
 
 
 def test_missing_file(tmp_path: Path) -> None:

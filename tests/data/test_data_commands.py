@@ -98,7 +98,12 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
 
 def test_help_states_the_rules(app: typer.Typer) -> None:
     shown = " ".join(run(app, "prepare", "--help").split())
-    for rule in ("ties keep the input's order", "fewer than 3 interactions", "keeps the earliest"):
+    for rule in (
+        "ties keep the input's order",
+        "fewer than 3 interactions",
+        "keeps the earliest",
+        "Four numbers between tabs",
+    ):
         assert rule in shown
 
 

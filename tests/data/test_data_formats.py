@@ -112,6 +112,26 @@ def test_json_keeps_strings_of_digits(tmp_path: Path) -> None:
     assert (dataset.user_ids.to_pylist(), dataset.item_ids.to_pylist()) == (["12"], ["34"])
 
 
+def test_four_numbers_are_u_data_by_their_values_or_when_told(tmp_path: Path) -> None:
+    rows = [("1\t20\t5\t881250949", "1\t30\t1\t881250950"), ("1\t20\t50\t8", "1\t30\t10\t9")]
+    for (first, second), format in zip(rows, (None, "movielens"), strict=True):
+        (tmp_path / "log.tsv").write_text(f"{second}\n{first}\n")
+        dataset = prepare_all(tmp_path / "log.tsv", tmp_path / f"out {format}", format=format)
+        assert (rows_of(dataset), dataset.item_ids.to_pylist()) == ([[1, 2]], [20, 30])
+
+
+def test_one_of_two_spellings_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("userId,user_id,item_id,time\na,b,3,4\n")
+    for name, user in (("userId", "a"), ("user_id", "b")):
+        dataset = prepare_all(tmp_path / "log.csv", tmp_path / name, user_column=name)
+        assert dataset.user_ids.to_pylist() == [user]
+
+
+def test_fields_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(f'user_id,text,item_id,time\n1,"{"x," * 100_000}",2,3\n')
+    assert rows_of(prepare_all(tmp_path / "log.csv", tmp_path / "out")) == [[1]]
+
+
 def test_named_columns_win_over_known_ones(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user_id,item_id,who,what,when,timestamp\n1,1,a,b,3,9\n1,1,a,c,2,9\n")
     dataset = prepare_all(

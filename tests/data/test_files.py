@@ -72,6 +72,19 @@ def test_the_files_of_a_run_are_not_replaced(tmp_path: Path) -> None:
             check_output(tmp_path / name, "--json")
 
 
+def test_the_files_of_a_data_set_are_not_replaced(tmp_path: Path) -> None:
+    names = ("dataset.json", "items.parquet", "users.parquet", "sequences.parquet")
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    # Without dataset.json beside it, a file of such a name is any file.
+    check_output(tmp_path / "items.parquet", "--out")
+    (tmp_path / "dataset.json").touch()
+    check_output(tmp_path / "recommendations.parquet", "--out")
+    for name in names:
+        with pytest.raises(ConfigError, match=f"{name}: a file of the data set {tmp_path.name}; give another name"):
+            check_output(tmp_path / name, "--out")
+
+
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_output(tmp_path / "file", "--out")
