@@ -13,7 +13,10 @@ from kernels._runtime import cdiv, kernel_op, launch, next_power_of_2
 
 
 class Blocks(NamedTuple):
-    """Sizes of one program: token rows of a chunk, columns of an operand and hidden units at a time, warps, stages."""
+    """Sizes of one program: token rows of a chunk, columns of an operand and hidden units at a time, warps, stages.
+
+    maxnreg: most registers of a thread, where ptxas would spill some to fit a second program; None: it decides.
+    """
 
     tile: int
     slice: int
@@ -21,6 +24,7 @@ class Blocks(NamedTuple):
     out_slice: int
     warps: int
     stages: int
+    maxnreg: int | None = None
 
     @property
     def span(self) -> int:
@@ -38,7 +42,8 @@ def block_sizes(width: int, head_width: int, dtype: torch.dtype, tokens: int) ->
     if width <= 128 and head_width <= 32 and tokens > 32:
         return Blocks(tile=64, slice=width, hidden=32, out_slice=min(32, width), warps=8, stages=2)
     slice = width if width <= 128 else 64
-    return Blocks(32 if tokens > 16 else 16, slice, hidden=64, out_slice=min(64, width), warps=8, stages=2)
+    out_slice, registers = min(32 if width <= 64 else 64, width), 255 if width <= 32 else None
+    return Blocks(32 if tokens > 16 else 16, slice, 64, out_slice, warps=8, stages=2, maxnreg=registers)
 
 
 def _fake(
@@ -144,5 +149,6 @@ def encode_prefix_op(
         GEODESIC=geodesic,
         num_warps=size.warps,
         num_stages=size.stages,
+        **({} if size.maxnreg is None else {"maxnreg": size.maxnreg}),
     )
     return last, keys_values

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._runtime import cdiv, kernel_op, launch, seed_tensor
+from kernels._runtime import cdiv, kernel_op, launch, runs_triton, seed_tensor
+from kernels._token_noise_checks import check_arguments
 from kernels._token_noise_draws import drawn, noised_rows
 from kernels._token_noise_kernels import blocks, steps_kernel, table_gradient_kernel, time_gradient_kernel
 
@@ -164,28 +165,58 @@ def token_noise_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `kernels.token_noise` to E and the time table, each in its dtype as stored by E and `grad_z`.
 
-    grad_z, grad_x_t: `[M, D]`. Other arguments as there. Returns `[N + 1, D]`, or `[M, D]` with `sparse`, and `[T, D]`.
+    grad_z, grad_x_t: `[M, D]`, float32, float16 or bfloat16. seed: needed unless steps are given, and where geodesic
+    gaussian too. Other arguments, their dtypes and D as there. Returns `[N + 1, D]`, or `[M, D]` with `sparse`, and
+    `[T, D]`. For measurements; training reaches this through autograd.
+
+    The table must be contiguous; other inputs are made so. Raises UnsupportedError. Without Triton, or on a CPU, this
+    is `token_noise_gradients_twin`.
     """
-    seed = None if seed is None else seed_tensor(seed, grad_z.device)
+    check_arguments(
+        table, targets, signal, noise_level, weight=weight, seed=seed, steps=steps, gaussian=gaussian,
+        sequences=sequences, needs_noise=geodesic, grad_z=grad_z, grad_x_t=grad_x_t,
+    )  # fmt: skip
+    given = [tensor for tensor in (steps, gaussian, sequences, grad_x_t) if tensor is not None]
+    if not runs_triton(grad_z, table, targets, signal, noise_level, *given):
+        return token_noise_gradients_twin(
+            grad_z,
+            table,
+            targets,
+            signal,
+            noise_level,
+            weight=weight,
+            seed=seed,
+            steps=steps,
+            gaussian=gaussian,
+            sequences=sequences,
+            grad_x_t=grad_x_t,
+            geodesic=geodesic,
+            sparse=sparse,
+        )
+
+    def packed(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
+
+    grad_z, targets, signal, noise_level = (tensor.contiguous() for tensor in (grad_z, targets, signal, noise_level))
+    seed, steps = None if seed is None else seed_tensor(seed, grad_z.device), packed(steps)
     if steps is None:
-        assert seed is not None
-        steps = draw_token_steps(targets, seed, sequences, signal.numel())
+        steps = draw_token_steps(targets, seed, packed(sequences), signal.numel())
     rows = table_gradient(
         grad_z,
-        grad_x_t,
+        packed(grad_x_t),
         table if geodesic else None,
         targets,
         steps,
         signal,
         noise_level,
         seed,
-        gaussian,
+        packed(gaussian),
         table.shape[0],
         table.dtype,
-        weight,
+        float(weight),
         sparse,
     )
-    return rows, time_gradient(grad_z, steps, weight, signal.numel(), grad_z.dtype)
+    return rows, time_gradient(grad_z, steps, float(weight), signal.numel(), grad_z.dtype)
 
 
 def token_noise_gradients_twin(

@@ -282,6 +282,8 @@ _SHAPES: dict[str, Shape] = {
     "width 256": _PAPER | {"width": 256},
     "one user": _PAPER | {"users": 1, "length": 9},
     "large batch": _PAPER | {"users": 4096},
+    "large batch of width 32": _PAPER | {"users": 4096, "width": 32, "heads": 2},
+    "large batch of width 64": _PAPER | {"users": 4096, "width": 64, "heads": 2},
     "one step": _PAPER | {"steps": 1},
     "guided, geodesic": _PAPER | {"guided": 1, "geodesic": 1},
     "width 256, guided, padding with positions": _PAPER

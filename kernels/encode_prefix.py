@@ -357,6 +357,11 @@ _SHAPES: dict[str, Shape] = {
     "width 64": _PAPER | {"width": 64, "heads": 2},
     "width 96": _PAPER | {"width": 96, "heads": 3},
     "width 192": _PAPER | {"width": 192, "heads": 6},
+    "one user of width 32": _PAPER | {"users": 1, "length": 9, "width": 32, "heads": 2},
+    "one user of width 64": _PAPER | {"users": 1, "length": 9, "width": 64, "heads": 2},
+    "one user of width 256": _PAPER | {"users": 1, "length": 9, "width": 256},
+    "six users of width 32": _PAPER | {"users": 6, "length": 9, "width": 32, "heads": 2},
+    "six users of width 64": _PAPER | {"users": 6, "length": 9, "width": 64, "heads": 2},
 }
 
 ENTRIES = [

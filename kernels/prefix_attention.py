@@ -71,10 +71,7 @@ def prefix_attention(
     Gradients to qkv and pads, both deterministic. Raises UnsupportedError. Without Triton, or on a CPU, this is
     `prefix_attention_twin`.
     """
-    require_numbers(dropout=dropout)
-    if max_length is not None:
-        require_integers(max_length=max_length)
-    check_seed(seed, qkv.device, needed=dropout > 0)
+    _check_numbers(max_length, dropout, seed, qkv.device)
     _check(qkv, offsets, pads, max_length, pad_bias, dropout, users)
     given = [tensor for tensor in (qkv, offsets, pads, pad_bias, users) if tensor is not None]
     if not runs_triton(*given):
@@ -110,6 +107,13 @@ def prefix_attention_twin(
     Half-precision inputs are computed in float32, float64 in float64.
     """
     return attend(qkv, offsets, pads, max_length, pad_bias, dropout, seed, users)[0]
+
+
+def _check_numbers(max_length: int | None, dropout: float, seed: int | Tensor, device: torch.device) -> None:
+    require_numbers(dropout=dropout)
+    if max_length is not None:
+        require_integers(max_length=max_length)
+    check_seed(seed, device, needed=dropout > 0)
 
 
 def _check(
@@ -224,18 +228,47 @@ def prefix_attention_gradients(
     max_length: int | None,
     pad_bias: Tensor | None,
     dropout: float,
-    seed: Tensor,
+    seed: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What backward computes from the gradient of the output `[M, H, d]`: gradients of qkv and pads (empty without).
 
     output, log_sum: what forward returned and kept, `[M, H, d]` and in base 2 `[H, M]` float32. The rest is as in
-    `prefix_attention`. For measurements; training reaches this through autograd.
+    `prefix_attention`, with its dtypes and widths; gradient and output have the dtype of qkv and are made contiguous,
+    as is log_sum. For measurements; training reaches this through autograd.
+
+    Raises UnsupportedError. Without Triton, or on a CPU, this is `prefix_attention_gradients_twin`.
     """
-    users = token_users(offsets, len(qkv))
+    _check_numbers(max_length, dropout, seed, qkv.device)
+    _check(qkv, offsets, pads, max_length, pad_bias, dropout, None)
+    tokens, _, heads, head = qkv.shape
+    for name, tensor, shape, dtype in (
+        ("gradient", gradient, [tokens, heads, head], qkv.dtype),
+        ("output", output, [tokens, heads, head], qkv.dtype),
+        ("log_sum", log_sum, [heads, tokens], torch.float32),
+    ):
+        fits = list(tensor.shape) == shape and tensor.dtype == dtype
+        require(fits, f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {shape}")
+    given = [tensor for tensor in (pads, pad_bias) if tensor is not None]
+    if not runs_triton(gradient, output, log_sum, qkv, offsets, *given):
+        return prefix_attention_gradients_twin(
+            gradient, output, log_sum, qkv, offsets, pads=pads, max_length=max_length, pad_bias=pad_bias,
+            dropout=dropout, seed=seed,
+        )  # fmt: skip
+    dropped = dropout_count(dropout)
     return attention_gradients(
-        gradient, qkv, offsets, users, pads, pad_bias, output, log_sum, max_length or 0, dropout_count(dropout),
-        seed if dropout else None, pads is not None,
-    )  # fmt: skip
+        gradient.contiguous(),
+        qkv,
+        offsets,
+        token_users(offsets, tokens),
+        None if pads is None else pads.contiguous(),
+        None if pads is None or pad_bias is None else pad_bias.detach().contiguous(),
+        output.contiguous(),
+        log_sum.contiguous(),
+        max_length or 0,
+        dropped,
+        seed_tensor(seed, qkv.device) if dropped else None,
+        pads is not None,
+    )
 
 
 def prefix_attention_gradients_twin(
@@ -249,7 +282,7 @@ def prefix_attention_gradients_twin(
     max_length: int | None,
     pad_bias: Tensor | None,
     dropout: float,
-    seed: Tensor,
+    seed: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`prefix_attention_gradients` by autograd through `prefix_attention_twin`."""
     inputs = [tensor.detach().requires_grad_() for tensor in (qkv, pads) if tensor is not None]

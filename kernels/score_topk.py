@@ -238,8 +238,10 @@ ENTRIES: list[Entry] = [
         shapes={
             "paper": {"users": 512, "items": 12301, "width": 128, "results": 20, "excluded": 50},
             "fifty results": {"users": 512, "items": 12301, "width": 128, "results": 50, "excluded": 50},
+            "narrow": {"users": 512, "items": 12301, "width": 64, "results": 10, "excluded": 50},
             "width 32": {"users": 512, "items": 12301, "width": 32, "results": 10, "excluded": 50},
             "width 192": {"users": 512, "items": 12301, "width": 192, "results": 20, "excluded": 50},
+            "odd width": {"users": 32, "items": 64669, "width": 96, "results": 100, "excluded": 50},
             "wide": {"users": 512, "items": 12301, "width": 256, "results": 20, "excluded": 50},
             "million": {"users": 512, "items": 1_000_000, "width": 128, "results": 20, "excluded": 50},
             "candidates": {"users": 16, "items": 1_000_000, "width": 128, "results": 1024, "excluded": 50},

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._runtime import cdiv, check_seed, kernel_op, launch, require, runs_triton, seed_tensor
-from kernels._scalars import require_numbers
+from kernels._runtime import cdiv, kernel_op, launch, runs_triton, seed_tensor
+from kernels._token_noise_checks import DTYPES, check_arguments
 from kernels._token_noise_draws import drawn, noised_rows
 from kernels._token_noise_gradients import (
     draw_token_steps,
@@ -27,9 +27,6 @@ from kernels._token_noise_gradients import (
 )
 from kernels._token_noise_kernels import blocks, forward_kernel
 from kernels.inventory import Cost, Entry, Shape
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST = 4096
 
 
 class TokenNoised(NamedTuple):
@@ -74,9 +71,10 @@ def token_noise(
     that would wait for the device. The table must be contiguous; other inputs are made so. D is at most 4096.
     Raises UnsupportedError. Without Triton, or on a CPU, this is `token_noise_twin`.
     """
-    require_numbers(weight=weight)
-    check_seed(seed, table.device, needed=False)
-    _check(table, targets, condition, time_table, signal, noise_level, seed, steps, gaussian, sequences)
+    check_arguments(
+        table, targets, signal, noise_level, weight=weight, seed=seed, steps=steps, gaussian=gaussian,
+        sequences=sequences, time_table=time_table, condition=condition,
+    )  # fmt: skip
     tensors = (table, targets, condition, time_table, signal, noise_level)
     if not runs_triton(*tensors, *(tensor for tensor in (steps, gaussian, sequences) if tensor is not None)):
         return token_noise_twin(
@@ -138,54 +136,6 @@ def token_noise_twin(
     z = condition.to(wide) + weight * (x_t + F.embedding(steps, time_table).to(wide))
     out = z.to(condition.dtype), steps if return_steps else None, x_t.to(condition.dtype) if return_x_t else None
     return TokenNoised(*out)
-
-
-def _check(
-    table: Tensor,
-    targets: Tensor,
-    condition: Tensor,
-    time_table: Tensor,
-    signal: Tensor,
-    noise_level: Tensor,
-    seed: int | Tensor | None,
-    steps: Tensor | None,
-    gaussian: Tensor | None,
-    sequences: Tensor | None,
-) -> None:
-    require(table.dim() == 2, f"table has shape {list(table.shape)}; expected [N + 1, D]")
-    M, D = targets.numel(), table.shape[1]
-    require(1 <= D <= WIDEST, f"table has width {D}; allowed: 1 to {WIDEST}")
-    require(table.is_contiguous(), "table is not contiguous; pass table.contiguous() kept from step to step")
-    require(time_table.dim() == 2 and len(time_table) > 0, f"time_table is {list(time_table.shape)}; expected [T, {D}]")
-    T = time_table.shape[0]
-    for name, tensor, shape in (
-        ("targets", targets, [M]),
-        ("condition", condition, [M, D]),
-        ("time_table", time_table, [T, D]),
-        ("signal", signal, [T]),
-        ("noise_level", noise_level, [T]),
-        ("steps", steps, [M]),
-        ("gaussian", gaussian, [M, D]),
-        ("sequences", sequences, [M]),
-    ):
-        if tensor is not None:
-            require(list(tensor.shape) == shape, f"{name} has shape {list(tensor.shape)}; expected {shape}")
-    for name, tensor, dtypes in (
-        ("table", table, DTYPES),
-        ("condition", condition, DTYPES),
-        ("time_table", time_table, DTYPES),
-        ("gaussian", gaussian, DTYPES),
-        ("signal", signal, DTYPES[:1]),
-        ("noise_level", noise_level, DTYPES[:1]),
-        ("targets", targets, (torch.int64,)),
-        ("steps", steps, (torch.int64,)),
-        ("sequences", sequences, (torch.int64,)),
-    ):
-        if tensor is not None:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            require(tensor.dtype in dtypes, f"{name} is {tensor.dtype}; allowed: {allowed}")
-    require(seed is not None or (steps is not None and gaussian is not None), "seed is None; give steps and gaussian")
-    require(steps is None or sequences is None, "steps and sequences are both given; sequences only share drawn steps")
 
 
 def _outputs(condition: Tensor, targets: Tensor, steps: bool, x_t: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def compile_kernels(
     """
     from rich.progress import Progress
 
-    from adrec.environment import printable_command
+    from adrec.environment import printable_command, read_environment, utc_now
     from adrec.errors import ConfigError, NotSupportedError
     from adrec.files import check_output
     from adrec.versions import installed_versions
@@ -151,6 +151,8 @@ def compile_kernels(
         assemblers = {each.name: assembler_version(each) for each in targets}
         table = CompiledTable(
             command=made_by(printable_command(sys.argv), kept),
+            compiled_at_utc=utc_now(),
+            environment=read_environment(),
             triton=version,
             ptxas=assemblers if kept is None else {**(kept.ptxas or {}), **assemblers},
             rows=others,

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from adrec.data.json_text import parse_json
-from adrec.environment import Frozen
+from adrec.environment import Environment, Frozen
 from adrec.errors import DataError
 from adrec.files import write_text
 from bench.kernels.selection import dtype_name
@@ -60,13 +60,15 @@ class CompiledRow(Frozen):
 class CompiledTable(Frozen):
     """Rows, the compiler that they are of, and the command that made them.
 
-    ``ptxas`` is the version of NVIDIA's assembler for each target. An ``--update`` is one more command, after ``&&``.
-    Tables of earlier versions have neither.
+    ``ptxas`` is the version of NVIDIA's assembler for each target. An ``--update`` is one more command, after ``&&``;
+    ``compiled_at_utc`` and ``environment`` are those of the last one. Tables of earlier versions have none of these.
     """
 
     schema_version: Literal[1] = 1
     kind: Literal["kernels-compiled"] = "kernels-compiled"
     command: str | None = None
+    compiled_at_utc: str | None = None
+    environment: Environment | None = None
     triton: str
     ptxas: dict[str, str] | None = None
     rows: list[CompiledRow]

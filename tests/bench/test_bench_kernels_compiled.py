@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,10 @@ def test_compile_writes_a_table_and_checks_against_it(
     assert len(table.rows) == 2
     assert table.command == "adrec kernels compile --out table.json"
     assert table.triton == installed_versions()["triton"]
+    assert table.compiled_at_utc is not None
+    assert datetime.fromisoformat(table.compiled_at_utc).utcoffset() == timedelta(0)
+    assert table.environment is not None
+    assert table.environment.versions == installed_versions()
     assert table.ptxas is not None
     assert list(table.ptxas) == list(TARGETS)
     assert all(re.fullmatch(r"\d+\.\d+", version) for version in table.ptxas.values())
@@ -293,6 +298,7 @@ def test_a_part_of_a_table_is_written_anew(
     table = read_table(path)
     # Each command stands once; assemblers of targets that were not compiled now are kept.
     assert table.command == "adrec kernels compile && adrec kernels compile --update"
+    assert table.environment is not None
     assert table.ptxas is not None
     assert table.ptxas["sm_70"] == "1.1"
     assert table.ptxas["sm_80"] != "1.0"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines import make_engine
+from adrec.engines import OnnxRuntimeEngine, make_engine
 from adrec.models import SequenceModel
 from kernels import philox
 
@@ -38,6 +39,21 @@ def test_a_gpu_computes_what_the_cpu_does(tiny_model: ModelFactory, engine: str,
     expected = make_engine("reference", model).represent(histories(), steps=32)
     found = make_engine(engine, model.to("cuda")).represent(histories(), steps=32)
     torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0.0)
+
+
+def test_onnxruntime_waits_for_what_another_stream_writes(
+    tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not OnnxRuntimeEngine.runs_on(torch.device("cuda")):
+        pytest.skip("needs onnxruntime-gpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny_model(max_length=50, timesteps=32, lambda_uncertainty=1.0)
+    expected = make_engine("reference", model).represent(histories(), steps=2)
+    engine = make_engine("onnxruntime", model.to("cuda"))
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            found = engine.represent(histories(), steps=2)
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0.0)
 
 
 def test_noise_is_the_same_on_both_devices() -> None:

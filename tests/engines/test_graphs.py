@@ -43,7 +43,7 @@ def test_a_fixed_request_recommends_what_the_engine_does(tiny_model: ModelFactor
     engine = engine_of(tiny_model, lambda_uncertainty=1.0)
     request = FixedRequest(engine, users=5, tokens=40, k=7, steps=2)
     # The second batch is smaller than the first: nothing of the first may be left in the buffers.
-    for seed, lengths in enumerate([[9, 1, 12, 4, 10], [2, 3], [30]]):
+    for seed, lengths in enumerate([[9, 1, 12, 4, 10], [2, 3], [30], []]):
         histories = histories_of(lengths, seed)
         expected = engine.recommend(histories, 7, steps=2, seed=seed)
         found = request(histories, seed=seed)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import _runtime
+from kernels.inventory import Entry
 
 MARGIN = 64
 # Inductor opens an operator up and compiles its kernels, which takes a GPU.
@@ -29,6 +30,13 @@ def kernel_device() -> torch.device:
     # Otherwise public functions would run their twins, and every comparison hold a twin to itself.
     assert _runtime.runs_triton(torch.empty(0, device=device)), "without a GPU set TRITON_INTERPRET=1"
     return device
+
+
+def small_inputs(entry: Entry, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments of a kernel and its twin on a CPU, of the sizes of the entry's first shape made small."""
+    small = {"users": 2, "length": 3, "longest": 3, "tokens": 4, "items": 9, "steps": 2, "results": 3, "excluded": 3}
+    shape = {size: min(value, small.get(size, value)) for size, value in next(iter(entry.shapes.values())).items()}
+    return entry.inputs(shape, dtype, torch.device("cpu"))
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:

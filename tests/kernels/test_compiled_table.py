@@ -1,4 +1,4 @@
-"""Every kernel, compiled for every target, against the committed table: no spills, no regression.
+"""Every kernel, compiled for every target, against the committed table: all rows, no spills, no regression.
 
 Each target is a test of its own, in a process where kernels are compiled instead of interpreted.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.kernels.compiled_table import read_table
+from bench.kernels.selection import choose_cases, dtype_name
 from kernels import _runtime
 from kernels.inventory import entries
 from kernels.targets import TARGETS
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "bench" / "records" / "kernels-compiled.json"
 COMMAND = "import typer; from bench.kernels.commands import register; app = typer.Typer(); register(app); app()"
 
-pytestmark = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
 
 
 def check(target: str, *options: str) -> None:
@@ -37,6 +39,19 @@ def test_the_first_shape_of_every_kernel_is_the_papers() -> None:
     assert {next(iter(entry.shapes)) for entry in entries()} == {"paper"}
 
 
+def test_the_record_has_every_kernel_shape_dtype_and_target_and_all_of_them_fit() -> None:
+    rows = read_table(RECORD).rows
+    cases = choose_cases()
+    assert {(row.entry, row.shape, row.dtype, row.target) for row in rows} == {
+        (case.entry.name, case.shape_name, dtype_name(case.dtype), target) for case in cases for target in TARGETS
+    }
+    for row in rows:
+        assert row.spills == 0, row.name
+        assert row.shared <= row.shared_limit == TARGETS[row.target].shared_per_block, row.name
+        assert 0 < row.warps_bound <= row.warps_limit, row.name
+
+
+@needs_triton
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_block_size_compiles_as_recorded(target: str) -> None:
@@ -44,6 +59,7 @@ def test_every_block_size_compiles_as_recorded(target: str) -> None:
     check(target, "--each-block-size")
 
 
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)

@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.prefix_attention import prefix_attention, prefix_attention_twin
+from kernels._runtime import UnsupportedError
+from kernels.prefix_attention import ENTRIES, prefix_attention, prefix_attention_gradients, prefix_attention_twin
+from tests.kernels.conftest import small_inputs
 from tests.kernels.prefix_cases import DTYPES, PADDING, arguments, compare, compare_gradients, widened
 
 CPU = torch.device("cpu")
+GIVEN = small_inputs(ENTRIES[1])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -104,6 +107,29 @@ def test_a_gradient_with_gaps_between_rows_is_read_right(kernel_device: torch.de
     found = torch.autograd.grad(prefix_attention(**values), qkv, weights)[0]
     expected = torch.autograd.grad(prefix_attention(**values), qkv, weights.contiguous())[0]
     assert torch.equal(found, expected)
+
+
+def test_the_gradient_function_takes_gradients_with_gaps_between_rows(kernel_device: torch.device) -> None:
+    values = {name: value.to(kernel_device) if hasattr(value, "to") else value for name, value in GIVEN.items()}
+    strided = {name: values[name].mT.contiguous().mT for name in ("gradient", "output", "log_sum")}
+    found, expected = prefix_attention_gradients(**{**values, **strided}), prefix_attention_gradients(**values)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient": torch.zeros(3, 4, 31)}, r"gradient is torch.float32 \[3, 4, 31\]; expected .* \[3, 4, 32\]"),
+        ({"output": torch.zeros(3, 4, 32).half()}, r"output is torch.float16 .*; expected torch.float32"),
+        ({"log_sum": torch.zeros(3, 4)}, r"log_sum is torch.float32 \[3, 4\]; expected torch.float32 \[4, 3\]"),
+        ({"qkv": torch.zeros(3, 3, 4, 32).int()}, "qkv is torch.int32; supported: torch.float32"),
+        ({"qkv": torch.zeros(3, 3, 4, 7)}, "head width is 7; allowed: 8 to 128"),
+        ({"qkv": torch.zeros(3, 3, 32, 4).transpose(2, 3)}, r"call .contiguous\(\)"),
+    ],
+)
+def test_what_the_gradient_function_does_not_take_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        prefix_attention_gradients(**{**GIVEN, **changes})
 
 
 def test_results_are_the_same_bit_for_bit_every_time(kernel_device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,17 +10,19 @@ import torch
 from kernels import _runtime
 from kernels._runtime import UnsupportedError
 from kernels.inventory import entries
+from tests.kernels.conftest import small_inputs
 
-CPU = torch.device("cpu")
 ENTRIES = {entry.name: entry for entry in entries()}
 NUMBERS = [
     ("token_noise", "weight"),
+    ("token_noise.backward", "weight"),
     ("denoise_last", "mix_weight"),
     ("denoise_last", "guidance_scale"),
     ("denoise_last_mlp", "mix_weight"),
     ("denoise_last_mlp", "norm_epsilon"),
     ("encode_prefix", "history_norm_epsilon"),
     ("prefix_attention", "dropout"),
+    ("prefix_attention.backward", "dropout"),
 ]
 INTEGERS = [
     ("score_topk", "k"),
@@ -31,7 +32,10 @@ INTEGERS = [
     ("denoise_last", "max_length"),
     ("encode_prefix", "heads"),
 ]
-SEEDED = ["token_noise", "denoise_update", "prefix_attention", "denoise_last", "denoise_last_mlp"]
+SEEDED = [
+    *("token_noise", "token_noise.backward", "denoise_update", "prefix_attention", "prefix_attention.backward"),
+    *("denoise_last", "denoise_last_mlp"),
+]
 
 
 @pytest.fixture(params=["kernel", "twin"], autouse=True)
@@ -45,11 +49,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def call(name: str, **changes: Any) -> Any:
     """Run a kernel on small inputs of its entry, some of them changed."""
-    entry = ENTRIES[name]
-    small = {"users": 2, "length": 3, "longest": 3, "tokens": 4, "items": 9, "steps": 2, "rows": 2, "results": 3}
-    shape = {size: min(value, small.get(size, value)) for size, value in next(iter(entry.shapes.values())).items()}
-    run: Callable[..., Any] = entry.run
-    return run(**{**entry.inputs(shape, torch.float32, CPU), **changes})
+    return ENTRIES[name].run(**{**small_inputs(ENTRIES[name]), **changes})
 
 
 @pytest.mark.parametrize(("name", "argument"), NUMBERS)

@@ -174,7 +174,7 @@ def test_fewer_items_than_k_and_none_at_all(kernel_device: torch.device) -> None
         assert not bool(items.any())
     empty = {"rows": values["rows"], "table": values["table"][:0]}
     assert not bool(check_exact(2, empty)[0].any())
-    items, scores = score_topk(k=8, **{**values, "rows": values["rows"][:0]})
+    items, scores = check_exact(8, {**values, "rows": values["rows"][:0]})
     assert (items.shape, scores.shape) == ((0, 8), (0, 8))
 
 
@@ -268,6 +268,12 @@ def test_long_lists(k: int, kernel_device: torch.device) -> None:
     items = 2500 if k == 129 else 5000
     check_exact(k, problem(kernel_device, batch=2, items=items, width=16, whole=True))
     check_close(k, problem(kernel_device, batch=2, items=items, width=16))
+
+
+def test_the_most_results_of_a_smaller_catalogue(kernel_device: torch.device) -> None:
+    items, _ = check_exact(1024, problem(kernel_device, batch=2, items=700, width=16, whole=True))
+    assert bool((items[:, :700] > 0).all())
+    assert not bool(items[:, 700:].any())
 
 
 def test_addresses_beyond_31_bits(kernel_device: torch.device) -> None:

@@ -93,12 +93,15 @@ def test_torch_checks_the_operator(excludes: bool, kernel_device: torch.device) 
         opcheck(_score_topk.op, (values["rows"], stored, values["scale"], *lists.values(), None, 4, 1))  # type: ignore[attr-defined]
 
 
-def test_the_compiler_sees_one_operator(kernel_device: torch.device) -> None:
-    def best(rows: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        items, scores = score_topk(2.0 * rows, table, 4)
+@pytest.mark.parametrize("excludes", [False, True])
+def test_the_compiler_sees_one_operator(excludes: bool, kernel_device: torch.device) -> None:
+    def best(rows: torch.Tensor, table: torch.Tensor, **lists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        items, scores = score_topk(2.0 * rows, table, 4, **lists)
         return items + 1, scores
 
     values = problem(kernel_device, batch=3, items=40, whole=True)
+    if excludes:
+        values |= exclusions([[1, 2, 3], [], [7]], kernel_device)
     found = torch.compile(best, fullgraph=True, backend=COMPILE_BACKEND)(**values)
     assert all(torch.equal(one, other) for one, other in zip(found, best(**values), strict=True))
 

@@ -227,6 +227,11 @@ def test_a_seed_on_the_device_is_the_same_seed(kernel_device: torch.device) -> N
 def test_padding_keeps_its_row(kernel_device: torch.device, geodesic: bool) -> None:
     found = compare(arguments(kernel_device, geodesic=geodesic))
     shared = compare(arguments(kernel_device, geodesic=geodesic, sequences=torch.arange(37) // 37))
+    nothing_else = {"targets": torch.zeros(37, dtype=torch.int64)}
+    for sequences in (None, torch.arange(37) // 6):
+        found_only = compare(arguments(kernel_device, geodesic=geodesic, sequences=sequences, **nothing_else))
+        assert found_only.x_t is not None
+        assert not bool(found_only.x_t.any())
     padding = arguments(kernel_device)["targets"] == 0
     for result in (found, shared):
         assert result.x_t is not None
