@@ -182,20 +182,23 @@ class ExportedEngine(Engine):
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Input rows and outputs of each run, in no certain order."""
 
-        def given(rows: Tensor, histories: Jagged) -> dict[str, np.ndarray]:
-            columns = self.columns(session, len(rows), int(histories.lengths.max()))
+        def given(rows: Tensor, histories: Jagged, columns: int) -> dict[str, np.ndarray]:
             return request_inputs(graph, histories, table, noise, rows, self.model, columns)
 
-        parts = self._parts(state, self.most_users(session))
+        # All widths first: where a run of the request is not possible, none is started.
+        parts = [
+            (rows, histories, self.columns(session, len(rows), int(histories.lengths.max())))
+            for rows, histories in self._parts(state, self.most_users(session))
+        ]
         if self.concurrent == 1 or len(parts) == 1:
-            for rows, histories in parts:
-                yield rows, self.run(graph, session, given(rows, histories), outputs)
+            for rows, histories, columns in parts:
+                yield rows, self.run(graph, session, given(rows, histories, columns), outputs)
             return
         # The largest first: what is started last keeps the others waiting least.
-        parts.sort(key=lambda part: -len(part[0]) * int(part[1].lengths.max()))
+        parts.sort(key=lambda part: -len(part[0]) * part[2])
         running = [
-            (rows, self._pool.submit(self.run, graph, session, given(rows, histories), outputs))
-            for rows, histories in parts
+            (rows, self._pool.submit(self.run, graph, session, given(rows, histories, columns), outputs))
+            for rows, histories, columns in parts
         ]
         for rows, found in running:
             yield rows, found.result()
@@ -223,7 +226,10 @@ class ExportedEngine(Engine):
         return None
 
     def columns(self, session: Any, users: int, longest: int) -> int:
-        """Width of the rectangle that a run of ``users`` histories is given; ``longest`` or more changes no result."""
+        """Width of the rectangle that a run of ``users`` histories is given; ``longest`` or more changes no result.
+
+        Raises ConfigError where no width fits.
+        """
         return max(self.narrowest, longest)
 
     def session(self, table: DiffusionTable | None) -> tuple[GraphFile, Any]:

@@ -34,7 +34,8 @@ class OnnxRuntimeEngine(ExportedEngine):
     """Runs ONNX graphs of a folder, or of its own export; see `ExportedEngine`.
 
     provider: ``cpu``, ``cuda`` or ``tensorrt``; None is that of the model's device. threads: of a CPU, each with a run
-    of its own, or all in one where the catalogue is large (None: torch's number). Raises NotSupportedError without
+    of its own, or all in one where the catalogue is large (None: torch's number). provider_options: as ONNX Runtime
+    names them; ``device_id`` is that of the model's GPU where it is not among them. Raises NotSupportedError without
     onnxruntime or the provider.
     """
 
@@ -64,6 +65,9 @@ class OnnxRuntimeEngine(ExportedEngine):
         super().__init__(model, folder=folder, only=only)
         self.provider = check_provider(self.runtime, provider or self.device.type)
         self.provider_options = dict(provider_options or {})
+        # On a CPU nothing is copied between devices, and binding a single user's inputs costs a tenth of the request.
+        self.bound = self.provider != PROVIDERS["cpu"]
+        self.place = self._place()
         self.run_options = self.runtime.RunOptions()
         # Without scoring where only representations are asked for.
         self.run_options.only_execute_path_to_fetches = True
@@ -82,18 +86,35 @@ class OnnxRuntimeEngine(ExportedEngine):
     def run(
         self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]
     ) -> dict[str, Tensor]:
-        if self.provider == PROVIDERS["cpu"]:
-            # Nothing is copied between devices, and binding a single user's inputs costs a tenth of the request.
+        if not self.bound:
             found = session.run(list(outputs), inputs, self.run_options)
-        else:
-            binding = session.io_binding()
-            for name, value in inputs.items():
-                binding.bind_cpu_input(name, value)
-            for name in outputs:
-                binding.bind_output(name)
-            session.run_with_iobinding(binding, self.run_options)
-            found = binding.copy_outputs_to_cpu()
-        return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
+            return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
+        given = {name: torch.from_numpy(value).to(self.place).contiguous() for name, value in inputs.items()}
+        filled = self._outputs(graph, given, outputs)
+        run_bound(session, given, filled, self.run_options)
+        return {name: tensor.cpu() for name, tensor in filled.items()}
+
+    def _outputs(self, graph: GraphFile, given: Mapping[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Memory for outputs, where the session computes."""
+        sizes: dict[int | str, int] = {}
+        for spec in graph.inputs:
+            sizes.update(zip(spec.shape, given[spec.name].shape, strict=True))
+        specs = {spec.name: spec for spec in graph.outputs}
+        return {
+            name: torch.empty(
+                [size if isinstance(size, int) else sizes[size] for size in specs[name].shape],
+                dtype=getattr(torch, specs[name].dtype),
+                device=self.place,
+            )
+            for name in names
+        }
+
+    def _place(self) -> torch.device:
+        """Where inputs and outputs are: on the GPU of the session, or on the CPU where torch sees none."""
+        if not self.bound or not torch.cuda.is_available():
+            return torch.device("cpu")
+        own = self.device.index if self.device.type == "cuda" else None
+        return torch.device("cuda", int(self.provider_options.setdefault("device_id", str(own or 0))))
 
 
 class OnnxRuntimeInt8Engine(OnnxRuntimeEngine):
@@ -105,7 +126,32 @@ class OnnxRuntimeInt8Engine(OnnxRuntimeEngine):
     name = "onnxruntime-int8"
     precision: ClassVar[Precision] = "int8-dynamic"
     dtype = torch.int8
+    # A loop, which a folder may hold, has its steps in float.
     loops = False
+
+
+def run_bound(session: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], run_options: Any) -> None:
+    """Run a session on torch's tensors by address: it reads ``inputs`` and fills ``outputs`` where they are.
+
+    Both by name, contiguous, of the graph's shapes and dtypes, on the session's device or on the CPU; what torch's
+    current streams do with them is waited for. The outputs are complete on return. Raises ValueError for a tensor with
+    gaps, ONNX Runtime's errors for what does not fit the graph.
+    """
+    binding = session.io_binding()
+    for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, tensor in tensors.items():
+            if not tensor.is_contiguous():
+                raise ValueError(f"'{name}' has strides {tensor.stride()}; ONNX Runtime reads and writes without gaps")
+            element = np.dtype(str(tensor.dtype).removeprefix("torch.")).type
+            place = tensor.device
+            bind(name, place.type, place.index or 0, element, tuple(tensor.shape), tensor.data_ptr())
+    for place in {tensor.device for tensor in (*inputs.values(), *outputs.values())}:
+        if place.type == "cuda":
+            # ONNX Runtime computes on a stream of its own, which does not wait for torch's.
+            torch.cuda.current_stream(place).synchronize()
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding, run_options)
+    binding.synchronize_outputs()
 
 
 def load_onnxruntime() -> ModuleType:

@@ -62,7 +62,9 @@ def export(
     ] = None,
     fp8: Annotated[bool, typer.Option("--fp8", help="Also float8 with Q/DQ nodes (GPUs from Ada on).")] = False,
     quantiser: Annotated[str, typer.Option(help="Of Q/DQ nodes: onnxruntime or modelopt.")] = "onnxruntime",
-    loop: Annotated[bool, typer.Option("--loop", help="Also a graph whose step count is an input.")] = False,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Also a graph whose step count is an input; its steps in float always.")
+    ] = False,
     split: Annotated[bool, typer.Option("--split", help="Also the request in three: encode, denoise, score.")] = False,
     table: Annotated[str, typer.Option(help="Item table: inside, input, or outside (with --split).")] = "inside",
     k: Annotated[int, typer.Option(min=1, help="Items in a list.")] = 20,

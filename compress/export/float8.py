@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compress.export.onnx_graph import all_graphs
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
@@ -47,7 +49,8 @@ def quantise_float8(
         position = list(model.graph.node).index(node)
         for offset, each in enumerate(before):
             model.graph.node.insert(position + offset, each)
-    used = {name for node in model.graph.node for name in node.input}
+    # The body of a loop may read in float what is quantised outside of it.
+    used = {name for graph in all_graphs(model.graph) for node in graph.node for name in node.input}
     for tensor in [each for each in model.graph.initializer if each.name not in used]:
         model.graph.initializer.remove(tensor)
     onnx.save(model, str(target), save_as_external_data=True, location=f"{target.stem}.data")

@@ -47,11 +47,11 @@ class ExportOptions:
 
     steps: plans, a graph each (None: as trained). loop: also one graph whose step count is an input. split: also
     encode, denoise and score. precision: of the float graphs, fp32 or fp16. quantised: further variants of every
-    request graph with unrolled steps, made from it. keep_float: whether the request graphs that they are made from are
-    kept. catalogue: where the item table is. inline_limit: bytes of weights above which they are a file of their own.
-    calibration: histories, needed by the Q/DQ variants. plugins: steps and scoring are nodes of an own domain, which
-    TensorRT runs with this project's kernels, others as model-local functions. sizes: smallest and largest batch and
-    length of requests, where they are known: the linter checks limits against them.
+    request graph, made from it; the body of a loop stays in float. keep_float: whether the request graphs that they are
+    made from are kept. catalogue: where the item table is. inline_limit: bytes of weights above which they are a file
+    of their own. calibration: histories, needed by the Q/DQ variants. quantiser: of those. plugins: steps and scoring
+    are nodes of an own domain, which TensorRT runs with this project's kernels, others as model-local functions. sizes:
+    smallest and largest batch and length of requests, where they are known: the linter checks limits against them.
     """
 
     steps: Sequence[Steps] = (1,)
@@ -81,6 +81,8 @@ class ExportOptions:
         if self.plugins and (self.loop or self.split or self.quantised or self.catalogue != "inside"):
             raise ConfigError("--plugins has whole requests of float graphs with their table inside; drop the others")
         needs = [name for name in self.quantised if name != "int8-dynamic"]
+        if needs and self.loop and self.quantiser == "modelopt":
+            raise ConfigError("--quantiser is modelopt, which is for unrolled steps here; drop it, or --loop")
         if needs and self.calibration is None:
             raise ConfigError(f"{needs[0]} needs histories to calibrate with; name the data with --data")
 
@@ -178,8 +180,7 @@ def export_onnx(
             if options.split and diffusion:
                 writer.write(plan("denoise", table), serving)
         if options.loop:
-            # Not quantised: ONNX Runtime's quantiser leaves the nodes of a loop in an invalid order.
-            writer.write(plan(whole, loop=True))
+            writer.write(plan(whole, loop=True), quantised=True)
             if options.split:
                 writer.write(plan("denoise", loop=True))
         if options.split:

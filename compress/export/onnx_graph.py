@@ -130,7 +130,7 @@ def view_of(path: Path, model: ModelProto, profiles: Mapping[str, tuple[int, int
     import onnx
 
     view = GraphView(path, model, profiles)
-    for graph in _graphs(model.graph):
+    for graph in all_graphs(model.graph):
         view.graphs.append(graph)
         view.nodes += graph.node
         view.constants |= {tensor.name: tensor for tensor in graph.initializer}
@@ -146,11 +146,12 @@ def view_of(path: Path, model: ModelProto, profiles: Mapping[str, tuple[int, int
     return view
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph, and those that are attributes of its nodes: bodies of loops, branches."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
+                yield from all_graphs(attribute.g)
             for inner in attribute.graphs:
-                yield from _graphs(inner)
+                yield from all_graphs(inner)

@@ -7,6 +7,9 @@ quantiser's own preprocessing is left out: it stores the item table twice.
 Q/DQ pairs are put around the layers that run once for every item of a history, nearly all of the work of a few steps.
 Layers that run once for a user (the reverse steps and the score) stay in float: what they round reaches the list
 undamped.
+
+Of a graph whose steps are a loop, what runs before and after it is quantised alike; the loop's body and the embeddings
+of its steps stay in float in every variant. A weight that the body reads as well is stored in both forms.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +29,10 @@ from adrec.engines.exported import ExportError, Quantisation
 from adrec.errors import NotSupportedError
 from compress.export.float8 import quantise_float8
 from compress.export.graphs import Graph
-from compress.export.onnx_graph import dimensions
+from compress.export.onnx_graph import all_graphs, dimensions
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 CALIBRATION_BATCH = 32
 
@@ -74,8 +80,6 @@ def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[
     """Inputs of a graph for real histories, 32 users of similar length at a time, with drawn noise."""
     if histories is None or len(histories) == 0:
         raise ExportError("no histories to calibrate with; name the data with --data")
-    if graph.plan.loop:
-        raise NotSupportedError("a loop is not quantised with calibration; export unrolled steps with --int8 qdq")
     histories = histories.tail(graph.core.config.max_length)
     histories = histories.select(torch.argsort(histories.lengths, stable=True))
     size = min(CALIBRATION_BATCH, len(histories))
@@ -85,8 +89,14 @@ def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[
         items, given = batch.padded(int(batch.lengths.max())), {}
         for spec in graph.inputs:
             if spec.name == "noise":
-                shape = (int(spec.shape[0]), len(batch), int(spec.shape[2]))
+                # A loop is given one step, of any kind: what is calibrated runs before it.
+                draws = 2 if graph.plan.loop else int(spec.shape[0])
+                shape = (draws, len(batch), int(spec.shape[2]))
                 given["noise"] = torch.randn(shape, generator=generator).numpy()
+            elif spec.name == "times":
+                given["times"] = np.zeros(1, np.int64)
+            elif spec.name == "coefficients":
+                given["coefficients"] = np.zeros((1, 3), np.float32)
             elif spec.name == "lengths":
                 given["lengths"] = batch.lengths.numpy()
             elif spec.name == "histories":
@@ -101,8 +111,9 @@ def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[
 def prepare(source: Path, target: Path) -> list[str]:
     """Write a graph that is ready for Q/DQ pairs; returns the products that stay in float, by node.
 
-    Those have one row a user. A slice of a weight becomes a constant: it would be taken for an activation and get one
-    scale instead of one per channel. A weight that products of both kinds read is stored for each.
+    Those have one row a user, or one a step. A slice of a weight becomes a constant: it would be taken for an
+    activation and get one scale instead of one per channel. A weight that products of both kinds read is stored for
+    each.
     """
     import onnx
 
@@ -120,10 +131,8 @@ def prepare(source: Path, target: Path) -> list[str]:
             model.graph.initializer.append(constants[node.output[0]])
         else:
             kept.append(node)
-    infos = (*model.graph.value_info, *model.graph.input, *model.graph.output)
-    rows = {info.name: dimensions(info)[:1] for info in infos}
     products = [node for node in kept if node.op_type == "Gemm"]
-    floats = [node.name for node in products if rows.get(node.input[0]) == ["batch"]]
+    floats = products_with(model, "batch", "steps")
     read_as_floats = {node.input[1] for node in products if node.name in floats}
     copies: set[str] = set()
     for node in products:
@@ -141,6 +150,14 @@ def prepare(source: Path, target: Path) -> list[str]:
     return floats
 
 
+def products_with(model: ModelProto, *rows: str) -> list[str]:
+    """Names of the products outside of loops whose first input has one of these sizes of rows."""
+    infos = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    found = {info.name: dimensions(info)[:1] for info in infos}
+    wanted = [[size] for size in rows]
+    return [node.name for node in model.graph.node if node.op_type == "Gemm" and found.get(node.input[0]) in wanted]
+
+
 def _cut(
     starts: np.ndarray, ends: np.ndarray, axes: np.ndarray, steps: np.ndarray | None = None, *, dimensions: int
 ) -> tuple[slice, ...]:
@@ -153,13 +170,17 @@ def _cut(
 
 
 def _dynamic(source: Path, target: Path) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # One scale for all steps of a loop would make a step depend on the others. The quantiser renames products first.
+    floats = products_with(onnx.load(str(source), load_external_data=False), "steps")
     with _quiet_root():
         quantize_dynamic(
             source,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=[f"{name}_MatMul" for name in floats],
             per_channel=True,
             # Weights of 7 bits: CPUs without VNNI add pairs of 8 x 8 bit products in 16 bits, which saturate.
             reduce_range=True,
@@ -248,14 +269,20 @@ def _reader(batches: Iterator[dict[str, np.ndarray]]) -> Any:
 
 def _finish(made: Path, target: Path, facts: dict[str, str], data: str | None) -> None:
     import onnx
+    import onnx_ir
 
     model = onnx.load(str(made))
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts)
-    # Quantisers name every size they do not know alike, which ONNX Runtime takes for one size.
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        node.doc_string = ""
+    for graph in all_graphs(model.graph):
+        # Quantisers name every size they do not know alike, which ONNX Runtime takes for one size.
+        del graph.value_info[:]
+        for node in graph.node:
+            node.doc_string = ""
+    # ONNX Runtime's quantiser orders nodes by their own inputs, and overlooks what the body of a loop reads.
+    ordered = onnx_ir.from_proto(model)
+    ordered.graph.sort()
+    model = onnx_ir.to_proto(ordered)
     onnx.save(model, str(target), save_as_external_data=data is not None, location=data, size_threshold=1024)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ from adrec.engines import ENGINES, CachedEngine, OnnxRuntimeEngine, exact_engine
 from adrec.engines import onnxruntime as module
 from adrec.engines.exported import ExportError, load_manifest
 from adrec.engines.exported_engine import group_bounds
-from adrec.engines.onnxruntime import check_provider, load_onnxruntime
+from adrec.engines.onnxruntime import check_provider, load_onnxruntime, run_bound
 from adrec.errors import ConfigError, NotSupportedError
 from adrec.models.base import SequenceModel
 
@@ -220,6 +222,73 @@ def test_without_onnxruntime_the_error_says_what_to_install(
     assert not OnnxRuntimeEngine.runs_on(torch.device("cpu"))
     with pytest.raises(NotSupportedError, match=r"pip install 'adrec\[onnx\]'"):
         make_engine("onnxruntime", model)
+
+
+@pytest.fixture
+def bound(engine: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> OnnxRuntimeEngine:
+    """The engine as it runs on a GPU, with its tensors on the CPU."""
+    monkeypatch.setattr(engine, "bound", True)
+    return engine
+
+
+@pytest.mark.parametrize("lengths", [[7], [3, 50, 1, 12, 3]])
+def test_bound_tensors_give_what_copied_arrays_do(lengths: list[int], cache: Path, bound: OnnxRuntimeEngine) -> None:
+    histories, copying = histories_of(lengths), OnnxRuntimeEngine(bound.model)
+    assert not copying.bound
+    for _ in range(2):
+        found, wanted = (each.recommend(histories, 5, 2, seed=4) for each in (bound, copying))
+        assert torch.equal(found.items, wanted.items)
+        assert torch.equal(found.scores, wanted.scores)
+    rows = (each.represent(histories, 2, seed=4) for each in (bound, copying))
+    assert torch.equal(next(rows), next(rows))
+
+
+def test_a_run_reads_and_fills_the_tensors_it_is_given(bound: OnnxRuntimeEngine) -> None:
+    _, session = bound.session(bound.table(2))
+    histories = histories_of([4, 2])
+    noise = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    inputs = {"histories": histories.padded(4), "lengths": histories.lengths, "noise": noise}
+    outputs = {"rows": torch.zeros(2, WIDTH), "items": torch.zeros(2, 20, dtype=torch.int64)}
+    run_bound(session, inputs, outputs, bound.run_options)
+    exact = CachedEngine(bound.model)
+    wanted = exact.represent(histories, 2, noise=noise)
+    torch.testing.assert_close(outputs["rows"], wanted, rtol=0, atol=TOLERANCE)
+    assert torch.equal(outputs["items"], exact.top_k(wanted, 20).items)
+    gaps = noise.repeat(1, 1, 2)[..., ::2]
+    with pytest.raises(ValueError, match=r"'noise' has strides \(64, 32, 2\); ONNX Runtime reads and writes without"):
+        run_bound(session, inputs | {"noise": gaps}, outputs, bound.run_options)
+
+
+def test_tensors_of_a_gpu_are_bound_where_they_are_once_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    class Tensor(SimpleNamespace):
+        device, dtype, shape = torch.device("cuda", 1), torch.float16, torch.Size([2, 3])
+
+        def is_contiguous(self) -> bool:
+            return True
+
+        def data_ptr(self) -> int:
+            return int(self.address)
+
+    binding = SimpleNamespace(
+        bind_input=lambda *told: said.append(("in", *told)),
+        bind_output=lambda *told: said.append(("out", *told)),
+        synchronize_inputs=lambda: said.append("inputs"),
+        synchronize_outputs=lambda: said.append("outputs"),
+    )
+    session = SimpleNamespace(
+        io_binding=lambda: binding, run_with_iobinding=lambda made, options: said.append(("run", options))
+    )
+    stream = SimpleNamespace(synchronize=lambda: said.append("stream"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream if device.index == 1 else None)
+    given: Any = ({"a": Tensor(address=64)}, {"b": Tensor(address=128)})
+    run_bound(session, *given, "options")
+    half = (np.float16, (2, 3))
+    assert said == [
+        ("in", "a", "cuda", 1, *half, 64), ("out", "b", "cuda", 1, *half, 128),
+        "stream", "inputs", ("run", "options"), "outputs",
+    ]  # fmt: skip
 
 
 def cost(lengths: list[int], bounds: tuple[int, ...], run_tokens: float) -> float:

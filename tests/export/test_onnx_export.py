@@ -60,6 +60,15 @@ class Exported:
         noise = torch.randn(steps + 1, len(histories), WIDTH, generator=torch.Generator().manual_seed(steps))
         return self.run(name, histories=histories.padded(width), lengths=histories.lengths, noise=noise, **more)
 
+    def loop(self, precision: str, steps: int) -> dict[str, torch.Tensor]:
+        """The looped request for histories of `LENGTHS`."""
+        table = self.engine.table(steps)
+        assert table is not None
+        columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
+        return self.request(
+            f"request-{precision}-loop.onnx", histories_of(LENGTHS), 50, steps, times=table.time, coefficients=columns
+        )
+
     def expected(self, histories: Jagged, steps: int) -> torch.Tensor:
         noise = torch.randn(steps + 1, len(histories), WIDTH, generator=torch.Generator().manual_seed(steps))
         return self.engine.represent(histories, steps, noise=noise)
@@ -129,18 +138,34 @@ def test_every_history_length_equals_cached(plain: Exported, length: int) -> Non
 def masked(tmp_path_factory: pytest.TempPathFactory, tiny_model: ModelFactory) -> Exported:
     """The loop without padding, whose keys and values are views of one tensor."""
     model = tiny_model(padding="masked", positions="learned")
-    return export(tmp_path_factory.mktemp("masked") / "export", model, steps=(1,), loop=True)
+    return export(
+        tmp_path_factory.mktemp("masked") / "export",
+        model,
+        steps=(1,),
+        loop=True,
+        quantised=("int8-dynamic", "int8-qdq"),
+        calibration=histories_of(LENGTHS * 4, seed=9),
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 4, 32])
 @pytest.mark.parametrize("padding", ["plain", "masked"])
 def test_the_loop_runs_any_number_of_steps(padding: str, steps: int, request: pytest.FixtureRequest) -> None:
     exported: Exported = request.getfixturevalue(padding)
-    histories, table = histories_of(LENGTHS), exported.engine.table(steps)
-    assert table is not None
-    columns = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
-    found = exported.request("request-fp32-loop.onnx", histories, 50, steps, times=table.time, coefficients=columns)
-    exported.check(found, exported.expected(histories, steps))
+    exported.check(exported.loop("fp32", steps), exported.expected(histories_of(LENGTHS), steps))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 32])
+@pytest.mark.parametrize("kind", ["int8-dynamic", "int8-qdq"])
+@pytest.mark.parametrize("padding", ["plain", "masked"])
+def test_a_loop_in_eight_bits_stays_near(padding: str, kind: str, steps: int, request: pytest.FixtureRequest) -> None:
+    exported: Exported = request.getfixturevalue(padding)
+    wanted = exported.expected(histories_of(LENGTHS), steps)
+    found = exported.loop(kind, steps)
+    assert 1e-4 < float((found["rows"] - wanted).norm() / wanted.norm()) < 0.08
+    # Ten lists of forty items: most are the model's.
+    best = exported.engine.top_k(wanted, found["items"].shape[1]).items
+    assert float((found["items"][:, :, None] == best[:, None]).any(-1).float().mean()) > 0.9
 
 
 def test_the_manifest_holds_what_the_loop_is_given(plain: Exported) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines import CachedEngine
+from adrec.engines import CachedEngine, make_engine
+from adrec.engines.exported import load_manifest
 from adrec.engines.onnxruntime import OnnxRuntimeEngine
 from adrec.errors import ConfigError, NotSupportedError
 from adrec.models.base import SequenceModel
 from compress.export.onnx_export import ExportOptions, export_onnx
+from compress.export.verify import candidates
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -41,22 +45,36 @@ def model(tiny_model: ModelFactory) -> SequenceModel:
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: SequenceModel) -> Path:
     out = tmp_path_factory.mktemp("quantised") / request.param
     kinds: Any = ("int8-qdq", "fp8-qdq")
-    export_onnx(model, out, ExportOptions(quantised=kinds, k=10, precision=request.param, calibration=histories(40)))
+    options = ExportOptions(quantised=kinds, loop=True, k=10, precision=request.param, calibration=histories(40))
+    export_onnx(model, out, options)
     return out
 
 
-def graph_of(folder: Path, kind: str) -> Any:
-    rest = "" if folder.name == "fp32" else f"-{folder.name}"
-    return onnx.load(folder / f"request-{kind}{rest}-s1.onnx").graph
+def graph_of(folder: Path, kind: str, steps: str = "s1") -> Any:
+    rest = "" if folder.name in ("fp32", kind) else f"-{folder.name}"
+    return onnx.load(folder / f"request-{kind}{rest}-{steps}.onnx").graph
+
+
+def loop_of(graph: Any) -> Any:
+    """The body of the only loop."""
+    (node,) = (node for node in graph.node if node.op_type == "Loop")
+    return next(attribute.g for attribute in node.attribute if attribute.name == "body")
 
 
 def constants(graph: Any) -> dict[str, np.ndarray]:
     return {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
 
 
+@pytest.mark.parametrize(
+    ("steps", "products"),
+    # For users two blocks and the score. Of a loop: the score, and the two of the steps' embeddings.
+    [("s1", 4 + 4 + 1), ("loop", 1 + 2)],
+)
 @pytest.mark.parametrize("kind", ["int8-qdq", "fp8-qdq"])
-def test_products_of_items_are_quantised_and_those_of_users_are_not(folder: Path, kind: str) -> None:
-    graph = graph_of(folder, kind)
+def test_products_of_items_are_quantised_and_those_of_users_are_not(
+    folder: Path, kind: str, steps: str, products: int
+) -> None:
+    graph = graph_of(folder, kind, steps)
     made = {name: node for node in graph.node for name in node.output}
     weights: dict[bool, list[str]] = {True: [], False: []}
     for node in graph.node:
@@ -65,14 +83,52 @@ def test_products_of_items_are_quantised_and_those_of_users_are_not(folder: Path
             quantised = pair == ["DequantizeLinear"] * 2
             assert quantised or "DequantizeLinear" not in pair
             weights[quantised].append(node.input[1])
-    # Over items two encoder blocks, a denoiser block and a part of the next; for users two blocks and the score.
-    assert (len(weights[True]), len(weights[False])) == (4 + 4 + 4 + 1, 4 + 4 + 1)
+    # Over items two encoder blocks, a denoiser block and a part of the next.
+    assert (len(weights[True]), len(weights[False])) == (4 + 4 + 4 + 1, products)
     assert "core.model.item_embedding.weight" in weights[False]
     # Neither is what `represent` reads, nor the table that items are looked up in.
     (rows,) = (output for output in graph.output if output.name == "rows")
     assert made[rows.name].op_type != "DequantizeLinear"
     table = constants(graph)["core.model.item_embedding.weight"]
     assert table.dtype == (np.float16 if folder.name == "fp16" else np.float32)
+
+
+@pytest.mark.parametrize("kind", ["int8-qdq", "fp8-qdq"])
+def test_the_body_of_a_loop_is_that_of_the_float_graph(folder: Path, kind: str) -> None:
+    quantised, exact = graph_of(folder, kind, "loop"), graph_of(folder, folder.name, "loop")
+    body, wanted = loop_of(quantised), loop_of(exact)
+    assert [(node.op_type, *node.input) for node in body.node] == [(node.op_type, *node.input) for node in wanted.node]
+    # A weight that runs in it and over items is there as both.
+    weight = "core.model.denoiser.blocks.0.feed_forward.up.weight"
+    assert weight in {name for node in body.node for name in node.input}
+    np.testing.assert_array_equal(constants(quantised)[weight], constants(exact)[weight])
+    assert f"{weight}_quantised" in constants(quantised) or f"{weight}_quantized" in constants(quantised)
+
+
+def test_a_dynamic_loop_computes_its_steps_in_float_and_serves_any(tmp_path: Path, model: SequenceModel) -> None:
+    export_onnx(model, tmp_path / "out", ExportOptions(steps=(), loop=True, quantised=("int8-dynamic",), k=10))
+    graph = onnx.load(tmp_path / "out" / "request-int8-dynamic-loop.onnx").graph
+    products = Counter(node.op_type for node in graph.node if node.op_type.startswith("MatMul"))
+    # Over items two encoder blocks, a denoiser block and a part of the next; for users the score.
+    assert products["MatMulInteger"] == 4 + 4 + 4 + 1 + 1
+    assert "MatMulInteger" not in {node.op_type for node in loop_of(graph).node}
+    # What embeds the steps is in float, too: a step would else depend on the others.
+    assert {node.input[1] for node in graph.node if node.op_type == "MatMul"} >= {
+        f"core.model.time_embedding.{part}.weight_Transposed" for part in ("up", "down")
+    }
+    made, exact, given = make_engine("onnxruntime-int8", model, tmp_path / "out"), CachedEngine(model), histories(9)
+    for steps in (1, 4, 32):
+        rows, wanted = (each.represent(given, steps, seed=3) for each in (made, exact))
+        assert 1e-4 < float((rows - wanted).norm() / wanted.norm()) < 0.08
+        assert made.recommend(given, 5, steps, seed=3).items.shape == (9, 5)
+
+
+def test_loops_are_compared_at_the_fewest_some_and_all_steps(folder: Path, model: SequenceModel) -> None:
+    run: Any = SimpleNamespace(model=model, config=model.config)
+    found = [(each.precision, each.steps) for each in candidates(folder, load_manifest(folder), run, ["cpu"])]
+    for kind in ("int8-qdq", "fp8-qdq"):
+        # The first is of the unrolled graph.
+        assert [steps for precision, steps in found if precision == kind] == [1, 1, 4, 32]
 
 
 def test_every_weight_has_a_scale_for_each_channel(folder: Path) -> None:
@@ -110,11 +166,15 @@ def test_the_largest_value_is_float8s_largest(folder: Path) -> None:
     assert made[next(iter(activations))].op_type == "LayerNormalization"
 
 
+# One step is unrolled there, more are the loop.
+@pytest.mark.parametrize("steps", [1, 4, 32])
 @pytest.mark.parametrize(("kind", "bound"), [("int8-qdq", 0.05), ("fp8-qdq", 0.1)])
-def test_quantised_graphs_stay_near_in_both_floats(folder: Path, model: SequenceModel, kind: Any, bound: float) -> None:
-    given, noise = histories(33), torch.randn(2, 33, WIDTH, generator=torch.Generator().manual_seed(0))
-    wanted = CachedEngine(model).represent(given, 1, noise=noise)
-    rows = OnnxRuntimeEngine.from_export(folder, model, precision=kind).represent(given, 1, noise=noise)
+def test_quantised_graphs_stay_near_in_both_floats(
+    folder: Path, model: SequenceModel, kind: Any, bound: float, steps: int
+) -> None:
+    given, noise = histories(33), torch.randn(steps + 1, 33, WIDTH, generator=torch.Generator().manual_seed(0))
+    wanted = CachedEngine(model).represent(given, steps, noise=noise)
+    rows = OnnxRuntimeEngine.from_export(folder, model, precision=kind).represent(given, steps, noise=noise)
     assert 1e-4 < float((rows - wanted).norm() / wanted.norm()) < bound
 
 
@@ -158,6 +218,10 @@ def test_what_cannot_be_quantised_is_refused_before_anything_is_traced(
 ) -> None:
     with pytest.raises(ConfigError, match="dynamic int8 is for CPUs, which compute the rest in float32"):
         ExportOptions(precision="fp16", quantised=("int8-dynamic",))
+    with pytest.raises(
+        ConfigError, match="--quantiser is modelopt, which is for unrolled steps here; drop it, or --loop"
+    ):
+        ExportOptions(loop=True, quantised=("int8-qdq",), calibration=histories(9), quantiser="modelopt")
 
     def traced(*arguments: Any) -> None:
         raise AssertionError("a graph was traced")

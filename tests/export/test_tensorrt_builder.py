@@ -70,8 +70,30 @@ def test_options_become_flags(version: str, graph: Graph) -> None:
     assert trt.calls("IBuilderConfig.hardware_compatibility_level=") == [(level,)]
     assert trt.calls("IBuilderConfig.builder_optimization_level=") == [(5,)]
     assert trt.calls("Runtime.engine_host_code_allowed=") == [(True,)]
-    # A plan without weights has no context to read formats from.
-    assert trt.calls("ICudaEngine.create_execution_context") == []
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_the_dtypes_of_a_plan_without_weights_are_read_once_they_are_in(
+    version: str, tmp_path: Path, kind: int
+) -> None:
+    graph = read_graph(save_graph(tmp_path / "small.onnx", kind=kind))
+    trt = standin(version)
+
+    def context(engine: Any, **options: Any) -> Any:
+        # TensorRT makes none for an engine without weights.
+        return trt.make("IExecutionContext") if trt.calls("Refitter.refit_cuda_engine") else None
+
+    trt.replies["ICudaEngine.create_execution_context"] = context
+    if kind == TensorProto.FLOAT16:
+        # It fell back to float32, which nothing but the formats tells.
+        with pytest.raises(TensorRTError, match="no layer in float16, which the matrix products of"):
+            build(trt, graph, PROFILES, BuildOptions(weights="stripped"))
+    else:
+        built = build(trt, graph, PROFILES, BuildOptions(weights="stripped"))
+        assert built.confirmed
+        assert built.layers.counts == {"float32": 2}
+    assert trt.calls("OnnxParserRefitter.refit_from_file") == [(str(graph.path),)]
+    assert trt.calls("IExecutionContext.set_input_shape") == [("x", (1, 8, 4))]
 
 
 def test_own_operators_are_taken_as_plugins_compiled_ahead(version: str, graph: Graph) -> None:

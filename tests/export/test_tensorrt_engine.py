@@ -44,7 +44,7 @@ class GraphRunner:
 
     def __call__(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         batch, length = inputs["histories"].shape
-        choose_profile(PROFILES, {"batch": batch, "length": length})
+        choose_profile(self.record.key.profiles, {"batch": batch, "length": length})
         self.batches.append(batch)
         names = [each.name for each in self.session.get_outputs()]
         found = self.session.run(names, {name: each.numpy() for name, each in inputs.items()})
@@ -95,13 +95,34 @@ def test_lengths_are_padded_to_a_few_sizes_where_graphs_are_replayed(made: Tenso
     _, runner = made.session(made.table(2))
     # A power of two from 8 on, and never more than the profile has.
     assert runner.replayed == [(2, 8), (1, 9)]  # type: ignore[attr-defined]
-    assert made.columns(runner, 2, 12) == 12
+    with pytest.raises(ConfigError, match="no profile covers a request of batch 2, length 12; the nearest is"):
+        made.columns(runner, 2, 12)
     plain = TensorRTEngine(made.model, folder=folder, cuda_graphs=False)
     again = plain.recommend(given, 4, 2)
     assert torch.equal(again.items, found.items)
     _, runner = plain.session(plain.table(2))
     assert runner.replayed == []  # type: ignore[attr-defined]
     assert plain.columns(runner, 2, 3) == 3
+
+
+def test_a_request_is_refused_as_a_whole_where_a_part_of_it_is_not_covered(made: TensorRTEngine) -> None:
+    given, (_, runner) = histories(8), made.session(made.table(2))
+    runner.record.key.profiles = (parse_profile("batch=2:4:7,length=4:4:9"),)  # type: ignore[misc]
+    # Seven users fit and the eighth does not.
+    with pytest.raises(ConfigError, match="no profile covers a request of batch 1, length 9; the nearest is"):
+        made.recommend(given, 4, 2)
+    assert runner.batches == []  # type: ignore[attr-defined]
+
+
+def test_histories_shorter_than_every_profile_are_padded(made: TensorRTEngine, folder: Path) -> None:
+    given = Jagged.from_lists([[3, 5], [7]])
+    plain = TensorRTEngine(made.model, folder=folder, cuda_graphs=False)
+    _, runner = plain.session(plain.table(2))
+    runner.record.key.profiles = (parse_profile("batch=2:4:7,length=6:6:9"),)  # type: ignore[misc]
+    assert plain.columns(runner, 2, 2) == 6
+    expected, found = CachedEngine(made.model).recommend(given, 4, 2), plain.recommend(given, 4, 2)
+    torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+    assert torch.equal(found.items, expected.items)
 
 
 def test_by_name_it_exports_builds_and_keeps_a_plan(

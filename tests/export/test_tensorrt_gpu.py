@@ -80,6 +80,7 @@ def test_weights_can_be_exchanged(tiny_model: Any, tmp_path: Path, weights: str)
     given = histories(33)
     torch.testing.assert_close(made.represent(given, 1), CachedEngine(first).represent(given, 1), atol=1e-5, rtol=1e-5)
     _, runner = made.session(made.table(1))
+    assert runner.record.precision_confirmed
     runner.refit(tmp_path / "second" / manifest.graphs[0].file)
     torch.testing.assert_close(
         made.represent(given, 1), CachedEngine(second.cuda()).represent(given, 1), atol=1e-5, rtol=1e-5

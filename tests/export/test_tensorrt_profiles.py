@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adrec.engines.tensorrt.profiles import Profile, Range, check_profiles, choose_profile, parse_profile, uncovered
+from adrec.engines.tensorrt.profiles import (
+    Profile,
+    Range,
+    check_profiles,
+    choose_profile,
+    padded_size,
+    parse_profile,
+    uncovered,
+)
 from adrec.errors import ConfigError
 
 sizes = st.integers(1, 12)
@@ -99,5 +107,32 @@ def test_a_request_that_no_profile_covers_names_the_nearest() -> None:
     profiles = [parse_profile("batch=1:1:1,length=1:8:50"), parse_profile("batch=2:64:512,length=1:16:40")]
     with pytest.raises(ConfigError, match=r"of batch 33, length 41; the nearest is 'batch=2:64:512,length=1:16:40'"):
         choose_profile(profiles, {"batch": 33, "length": 41})
+    with pytest.raises(ConfigError, match=r"40' \(others: 'batch=1:1:1,length=1:8:50'\)\. Split the request"):
+        choose_profile(profiles, {"batch": 33, "length": 41})
     with pytest.raises(ConfigError, match="the nearest is 'batch=1:1:1,length=1:8:50'"):
         choose_profile(profiles, {"batch": 1, "length": 51})
+
+
+@given(boxes, sizes, sizes, st.integers(0, 6))
+def test_a_length_is_padded_to_the_nearest_that_is_covered(
+    profiles: list[Profile], batch: int, length: int, more: int
+) -> None:
+    wanted = length + more
+    covered = [
+        width
+        for width in range(length, 20)
+        if any(profile.covers({"batch": batch, "length": width}) for profile in profiles)
+    ]
+    asked = {"batch": batch, "length": length}
+    if not covered:
+        with pytest.raises(ConfigError, match=f"no profile covers a request of batch {batch}, length {length}; the"):
+            padded_size(profiles, asked, "length", wanted)
+        return
+    width = padded_size(profiles, asked, "length", wanted)
+    assert width in covered
+    assert abs(width - wanted) == min(abs(each - wanted) for each in covered)
+
+
+def test_without_a_profile_nothing_is_covered() -> None:
+    with pytest.raises(ConfigError, match="the engine has no profile, and the request has batch 2, length 3"):
+        padded_size([], {"batch": 2, "length": 3}, "length", 8)

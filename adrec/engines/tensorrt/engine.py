@@ -14,6 +14,7 @@ from adrec.engines.exported_engine import ExportedEngine
 from adrec.engines.tensorrt import library
 from adrec.engines.tensorrt.library import Platform, TensorRTError
 from adrec.engines.tensorrt.plan import check_platform, digest, read_record
+from adrec.engines.tensorrt.profiles import padded_size
 from adrec.engines.tensorrt.runner import PlanRunner
 from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
@@ -27,9 +28,9 @@ class TensorRTEngine(ExportedEngine):
 
     folder: of ``adrec export RUN --to tensorrt``; None exports and builds with default profiles on the first request
     for a number of steps, which takes minutes, and keeps the plan for the next process. Users are cut into batches of
-    the plan's largest, and a request whose batch or length no profile covers is refused before it runs. cuda_graphs:
-    replay requests whose shapes come again, see `Captures`; for them lengths are padded up to a few sizes, which
-    changes no result. Raises NotSupportedError without TensorRT or a GPU.
+    the plan's largest; a request is refused before any of it runs where no profile covers one of its batches, padded
+    to a length that it has. cuda_graphs: replay requests whose shapes come again, see `Captures`; for them lengths are
+    padded up to a few sizes. Padding changes no result. Raises NotSupportedError without TensorRT or a GPU.
     """
 
     name = "tensorrt"
@@ -63,11 +64,11 @@ class TensorRTEngine(ExportedEngine):
         return max((each.ranges["batch"].max for each in profiles if "batch" in each.ranges), default=None)
 
     def columns(self, session: PlanRunner, users: int, longest: int) -> int:
-        if not self.cuda_graphs:
-            return longest
-        profiles = [each for each in session.record.key.profiles if each.covers({"batch": users, "length": longest})]
-        widest = max((each.ranges["length"].max for each in profiles), default=longest)
-        return min(widest, max(NARROWEST, 1 << (longest - 1).bit_length()))
+        profiles = session.record.key.profiles
+        known = {"batch": users, "length": longest, "items": self.model.config.items + 1}
+        sizes = {name: known[name] for name in profiles[0].ranges}
+        wanted = max(NARROWEST, 1 << (longest - 1).bit_length()) if self.cuda_graphs else longest
+        return padded_size(profiles, sizes, "length", wanted)
 
     def run(
         self, graph: GraphFile, session: Any, inputs: dict[str, np.ndarray], outputs: tuple[str, ...]

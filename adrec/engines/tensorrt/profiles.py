@@ -143,13 +143,36 @@ def choose_profile(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> int
         return sum(abs(math.log(size / profiles[index].ranges[name].opt)) for name, size in sizes.items())
 
     covering = [index for index, profile in enumerate(profiles) if profile.covers(sizes)]
-    if covering:
-        return min(covering, key=away)
+    if not covering:
+        raise _not_covered(profiles, sizes)
+    return min(covering, key=away)
+
+
+def padded_size(profiles: Sequence[Profile], sizes: Mapping[str, int], name: str, wanted: int) -> int:
+    """The size that a dimension is padded to: what a profile covers, at least the request's, nearest to ``wanted``.
+
+    sizes: of every dynamic dimension of the request. name: of the dimension that may be padded. Raises ConfigError, as
+    `choose_profile`, where no profile covers the request however it is padded.
+    """
+    found = []
+    for profile in profiles:
+        allowed = profile.ranges[name]
+        size = max(allowed.min, min(wanted, allowed.max))
+        if size >= sizes[name] and profile.covers({**sizes, name: size}):
+            found.append(size)
+    if not found:
+        raise _not_covered(profiles, sizes)
+    return min(found, key=lambda size: abs(size - wanted))
+
+
+def _not_covered(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> ConfigError:
     asked = ", ".join(f"{name} {size}" for name, size in sizes.items())
     if not profiles:
-        raise ConfigError(f"the engine has no profile, and the request has {asked}")
+        return ConfigError(f"the engine has no profile, and the request has {asked}")
     best = min(profiles, key=lambda each: sum(each.ranges[name].distance(size) for name, size in sizes.items()))
-    raise ConfigError(
-        f"no profile covers a request of {asked}; the nearest is '{best}'. Split the request, or export the engine"
-        " again with a --profile for it"
+    others = [f"'{each}'" for each in profiles if each is not best]
+    beside = f" (others: {', '.join(others)})" if others else ""
+    return ConfigError(
+        f"no profile covers a request of {asked}; the nearest is '{best}'{beside}. Split the request, or export the"
+        " engine again with a --profile for it"
     )

@@ -49,7 +49,8 @@ def build_plans(
     Raises PlanNotBuiltError, after everything else was written, where TensorRT or a GPU is missing.
     """
     graphs = [out / graph.file for graph in manifest.graphs if graph.kind == "request"]
-    limits = {"length": (1, manifest.model.max_length)}
+    rows = manifest.model.items + 1
+    limits = {"batch": (1, 1), "length": (1, manifest.model.max_length), "items": (rows, rows)}
     exported = export_tensorrt(graphs, profiles, options, limits=limits, report=report)
     for note in exported.notes:
         report(f"note: {note}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from adrec.engines.tensorrt.library import TensorRTError, last_messages, start
 from adrec.engines.tensorrt.profiles import Profile
+from adrec.engines.tensorrt.runner import refit
 from compress.export.tensorrt.graph import Graph
 from compress.export.tensorrt.options import BuildOptions
 
@@ -51,15 +52,18 @@ def read_layers(
     options: BuildOptions,
     logger: Any,
 ) -> LayerTypes:
-    """What the engine inspector says of a plan just built."""
+    """What the engine inspector says of a plan just built; of one without weights, once those of its graph are in."""
     runtime = start(trt.Runtime, logger)
     if options.version_compatible:
         runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(content)
     if engine is None:
         raise TensorRTError(f"TensorRT cannot read back the plan that it built: {last_messages(logger)}")
+    if options.weights == "stripped":
+        # Without weights an engine has no execution context.
+        refit(trt, engine, logger, graph.path)
     inspector = engine.create_engine_inspector()
-    if profiles and options.weights != "stripped":
+    if profiles:
         # Formats of a dynamic engine are known for given shapes only.
         context = engine.create_execution_context()
         if context is None:
