@@ -12,6 +12,7 @@ from adrec.checkpoint import Run
 from adrec.config import ServingConfig
 from adrec.data.dataset import Dataset
 from adrec.engines import Engine, make_engine
+from adrec.errors import DataError
 from adrec.evaluation import (
     Evaluation,
     Interval,
@@ -57,9 +58,15 @@ class Comparison:
         """One row for each system, plan, seed, exclusion and group; metrics as value, low and high in percent.
 
         Rows of adrec also say what share of the accuracy is kept, where T DDPM steps are among the plans, and those of
-        a run with a source what share of the source's. progress: called with the rankings done and their total.
+        a run with a source what share of the source's. progress: called with the rankings done and their total. Raises
+        DataError for a split without targets.
         """
         examples = self.dataset.examples(self.split)
+        if len(examples) == 0:
+            another = "validation" if self.split == "test" else "test"
+            raise DataError(
+                f"{self.dataset.name}: no user has a target in the {self.split} split; choose --split {another}"
+            )
         groups = {"all": torch.ones(len(examples), dtype=torch.bool)}
         if self.strata:
             groups |= popularity_groups(examples.targets, self.dataset.item_counts())

@@ -1,7 +1,7 @@
 """Configuration of models and training, validated by pydantic.
 
-The defaults are the paper's where they say nothing else. Those that differ were chosen on Beauty (docs/accuracy.md says how);
-``bench/recipes/paper.yaml`` restores the paper's.
+The defaults are the paper's where they say nothing else. Those that differ were chosen on Beauty (docs/accuracy.md says
+how); ``bench/recipes/paper.yaml`` restores the paper's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from adrec.errors import ConfigError, nearest
 from adrec.schedule import ScheduleName, diffusion_table, named_betas
@@ -28,6 +36,15 @@ class StrictModel(BaseModel):
     """Frozen settings that refuse unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        # pydantic would take true for 1, and YAML reads yes and on as true.
+        valid = validate(value)
+        if isinstance(value, bool) and type(valid) in (int, float):
+            raise ValueError("allowed: a number; YAML reads yes, no, on, off, true and false as true or false")
+        return valid
 
 
 class ModelConfig(StrictModel):
@@ -274,10 +291,25 @@ def parse(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settin
         raise ConfigError("\n".join(f"{where}: {each}" for each in explanations(kind, error))) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also refuses a key given twice; PyYAML keeps the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"key '{key.value}' is given a second time in line {line}; keep one")
+                names.add(key.value)
+        return node
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader; raise ConfigError when it is not one."""
+    """Read a YAML mapping with the safe loader; raise ConfigError when it is not one or gives a key twice."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
     if values is None:

@@ -58,7 +58,7 @@ def read_released(path: Any) -> dict[str, Tensor]:
     """Read a released ``.pth`` file with ``weights_only``, so nothing in it is executed.
 
     Accepts a plain state dict or a dict that holds one under ``state_dict`` or ``model``; a ``module.`` prefix is
-    dropped. Raises RunError when the file is not that.
+    dropped. Raises RunError when the file is not that, or holds a number that is not finite.
     """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -73,4 +73,7 @@ def read_released(path: Any) -> dict[str, Tensor]:
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise RunError(f"{path}: holds {type(loaded).__name__}; expected a state dict of tensors")
+    for name, value in loaded.items():
+        if not bool(torch.isfinite(value).all()):
+            raise RunError(f"{path}: '{name}' holds NaN or infinite values; save the weights before training diverged")
     return {str(name).removeprefix("module."): value for name, value in loaded.items()}

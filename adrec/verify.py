@@ -45,6 +45,7 @@ _OPTIONS = {
 
 # What a file may say of itself besides the options.
 _NOTES = ("model", "B", "seed")
+_INTEGERS = ("hist", "target", "topk", "train_t")
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,18 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     unknown = sorted(set(meta) - {*_OPTIONS, *_NOTES})
     if unknown:
         raise NotSupportedError(f"{path}: option '{unknown[0]}' in 'meta' is not supported; {', '.join(_OPTIONS)} are")
+    used = [name for name in arrays if name in needed or name.startswith(("w/", "g/"))]
+    arrays = {name: _numbers(name, arrays[name], path) for name in used}
     _check_shapes(arrays, meta, path)
     return arrays, meta
+
+
+def _numbers(name: str, values: np.ndarray, path: Path) -> np.ndarray:
+    """The values as the models take them: ids and steps in int64, all else in float32."""
+    kinds, dtype, wanted = ("iu", np.int64, "integers") if name in _INTEGERS else ("f", np.float32, "floats")
+    if values.dtype.kind not in kinds:
+        raise DataError(f"{path}: '{name}' has dtype {values.dtype}; expected {wanted}")
+    return values.astype(dtype)
 
 
 def _check_shapes(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Path) -> None:
@@ -114,16 +125,19 @@ def _check_shapes(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Pat
         B, L, N, D, T = (int(meta[name]) for name in "BLNDT")
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{path}: 'meta' must hold whole numbers B, L, N, D and T") from None
+    if min(B, L, N, D, T) < 1:
+        raise DataError(f"{path}: 'meta' says B, L, N, D, T = {B}, {L}, {N}, {D}, {T}; allowed: 1 or more")
     shapes: dict[str, tuple[int, ...]] = {
         "hist": (B, L),
         "target": (B, L),
         "train_out": (B, L, D),
+        "train_ce": (),
         "sample_last": (B, D),
         "scores": (B, N + 1),
     }
     limits = {"hist": N, "target": N, "topk": N}
     if meta["model"] == "adrec":
-        shapes |= {"train_noise": (B, L, D), "sample_noise": (T + 1, B, D)}
+        shapes |= {"train_mse": (), "train_noise": (B, L, D), "sample_noise": (T + 1, B, D)}
         limits["train_t"] = T - 1
         shapes["train_t"] = (B, L) if arrays["train_t"].ndim == 2 else (B,)
     if arrays["topk"].ndim != 2 or not 1 <= arrays["topk"].shape[1] <= N:
@@ -132,10 +146,14 @@ def _check_shapes(arrays: dict[str, np.ndarray], meta: dict[str, Any], path: Pat
         if arrays[name].shape != shape:
             raise DataError(f"{path}: '{name}' has shape {arrays[name].shape}; expected {shape}")
     for name, limit in limits.items():
-        if arrays[name].size and not 0 <= arrays[name].min() <= arrays[name].max() <= limit:
+        if not 0 <= arrays[name].min() <= arrays[name].max() <= limit:
             raise DataError(
                 f"{path}: '{name}' spans {arrays[name].min()} to {arrays[name].max()}; allowed: 0 to {limit}"
             )
+    real = (arrays["hist"] != 0).astype(np.int8)
+    odd = np.flatnonzero((real[:, -1] == 0) | (np.diff(real) < 0).any(1))
+    if odd.size:
+        raise DataError(f"{path}: row {odd[0]} of 'hist' is not left-padded: expected zeros, then 1 item or more")
 
 
 def _model(arrays: dict[str, np.ndarray], meta: dict[str, Any], where: str) -> SequenceModel:
@@ -147,6 +165,10 @@ def _model(arrays: dict[str, np.ndarray], meta: dict[str, Any], where: str) -> S
         model.load_state_dict(from_released(_group(arrays, "w/")))
     except RuntimeError as error:
         raise DataError(f"{where}: the stored weights do not fit: {error}") from None
+    for name in (name[2:] for name in arrays if name.startswith("w/")):
+        weight, gradient = arrays[f"w/{name}"].shape, arrays[f"g/{name}"].shape
+        if gradient != weight:
+            raise DataError(f"{where}: 'g/{name}' has shape {gradient}; expected {weight}, that of its weight")
     return model
 
 

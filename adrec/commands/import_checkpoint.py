@@ -22,13 +22,14 @@ def import_checkpoint(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting the file does not tell: --set lambda_uncertainty=0.1. Repeatable."),
+        typer.Option("--set", help="A setting the file does not tell: --set model.lambda_uncertainty=0.1. Repeatable."),
     ] = None,
 ) -> None:
     """Turn a released ADRec or SASRec+ checkpoint into a run that every command reads.
 
     Width, blocks, denoiser and positions are read off the weights. Heads (4), max_length (50), timesteps (32),
-    schedule (trunc_lin) and lambda_uncertainty (0.001) are not in them: give what differs with --set.
+    schedule (trunc_lin), lambda_uncertainty (0.001), geodesic (false) and guidance_scale (1; another needs
+    condition_dropout, 0.3 in the released code) are not in them and change results: give what differs with --set.
     """
     from adrec.checkpoint import save_run
     from adrec.config import ModelConfig, RunConfig, parse
@@ -45,7 +46,9 @@ def import_checkpoint(
         raise RunError(f"{out}: exists and is not empty; choose another --out")
     state = from_released(read_released(file))
     data = Dataset.load(dataset)
-    config = parse(ModelConfig, apply_settings(_shape(state, str(file)), settings or []), str(file))
+    # The model is all there is to set, so its section may be left out.
+    own = [setting.strip().removeprefix("model.") for setting in settings or []]
+    config = parse(ModelConfig, apply_settings(_shape(state, str(file)), own), str(file))
     if config.items != data.item_count:
         raise RunError(f"{file}: has {config.items} items, but data set '{data.name}' has {data.item_count}")
     model = build_model(config)

@@ -68,6 +68,8 @@ def train(
         for stage in ("pretrain", "main"):
             section(train_section, stage, where)["epochs"] = epochs
     apply_settings(values, settings or [])
+    if seed is not None and (other := section(values, "train", where).get("seed")) != seed:
+        raise ConfigError(f"--seed is {seed}, but --set gives train.seed {other}; drop one")
     if section(values, "model", where).get("model") == "sasrec":
         # Alone, the baseline is what stage 1 would train.
         for name in ("positions", "dropout", "embedding_dropout"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from adrec.checkpoint import BASELINE, RUN_FILE, WEIGHTS, Run, load_run, save_run
@@ -24,6 +26,7 @@ from adrec.errors import ConfigError, DataError, RunError
 from adrec.files import write_text
 from adrec.models import ADRec, build_model
 from adrec.training.batches import derive_seed, useful_tokens
+from adrec.training.checkpoints import MovableCheckpoint, WholeCheckpointIO, read_checkpoint, stage_ended
 from adrec.training.logs import stage_loggers
 from adrec.training.module import MONITOR, StageModule
 
@@ -37,20 +40,6 @@ class _Progress(RichProgressBar):
         metrics = super().get_metrics(*arguments, **options)
         metrics.pop("v_num", None)
         return metrics
-
-
-class _MovableCheckpoint(ModelCheckpoint):
-    """Keeps what it knew about the best weights when a run folder was moved between an interruption and --resume."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        folder = str(self.dirpath)
-
-        def here(path: str) -> str:
-            return str(Path(folder) / Path(path).name) if path else path
-
-        models = {here(path): score for path, score in state_dict["best_k_models"].items()}
-        paths = {key: here(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": models, "dirpath": folder})
 
 
 class _EpochTimes(Callback):
@@ -89,7 +78,9 @@ def train_run(
 
     An ``adrec`` model runs stage 1 first (its SASRec+ stays in ``out/baseline``). resume: continue an interrupted run
     with the same settings; finished stages are not repeated. report: called with a line of text at each milestone.
-    Raises RunError when ``out`` holds something else, ConfigError or DataError when settings and data do not fit.
+    Raises RunError when ``out`` holds something else, ConfigError or DataError when settings, devices and data do not
+    fit, each before ``out`` is touched. SIGTERM ends the process with status 143, Ctrl-C is a KeyboardInterrupt; both
+    are reported with the command that continues.
     """
     train = settings.train or TrainConfig()
     settings = settings.model_copy(update={"train": train})
@@ -97,6 +88,7 @@ def train_run(
         # Lightning starts the other processes by running the same command again, after this one has claimed `out`.
         resume, report = True, _silent
     _check(dataset, out, settings, resume)
+    _check_devices(train, accelerator, devices)
     _claim(out, settings, dataset.fingerprint)
     share = useful_tokens(dataset.training_sequences(), settings.model.max_length, train.batch_size, train.seed)
     report(
@@ -104,6 +96,15 @@ def train_run(
         f" ({share['padded']:.1f} % if every history were padded to {settings.model.max_length})"
     )
     job = _Job(dataset, data_path, train, accelerator, devices, progress, report)
+    try:
+        return _stages(job, settings, train, out)
+    except (KeyboardInterrupt, SystemExit):
+        report(f"interrupted; `adrec train {data_path} --out {out} --resume` continues")
+        raise
+
+
+def _stages(job: _Job, settings: RunConfig, train: TrainConfig, out: Path) -> Run:
+    report = job.report
     if settings.model.model == "sasrec":
         run = job.stage(settings.model, out, train.pretrain, "pretrain", out)
         report(f"run written to {out}; next: adrec evaluate {out}")
@@ -165,10 +166,10 @@ class _Job:
             model.load_table(table)
         module = StageModule(model, self.dataset, self.train, optimiser, name, frozen_epochs=frozen)
         folder = out / CHECKPOINTS / name
-        best = _MovableCheckpoint(
+        best = MovableCheckpoint(
             folder, "best", monitor=MONITOR, mode="max", save_weights_only=True, enable_version_counter=False
         )
-        last = _MovableCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
+        last = MovableCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         times = _EpochTimes()
         stopping = EarlyStopping(MONITOR, mode="max", patience=optimiser.patience, check_on_train_epoch_end=False)
         callbacks: list[Callback] = [
@@ -181,20 +182,13 @@ class _Job:
             callbacks.append(_Progress())
         resumed = folder / "last.ckpt"
         with quiet_lightning():
-            epochs = _read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
+            epochs = read_checkpoint(resumed)["epoch"] + 1 if resumed.is_file() else 0
             trainer = self._trainer(optimiser, callbacks, stage_loggers(out / LOGS, name, epochs))
-            if self.train.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
-                raise ConfigError("train.precision is '16-mixed', which needs a GPU; use 32-true or bf16-mixed")
-            if trainer.world_size > self.train.batch_size:
-                raise ConfigError(
-                    f"train.batch_size is {self.train.batch_size}; allowed: {trainer.world_size} or more, one user for"
-                    " each process"
-                )
             # Interrupted between early stopping and writing the run, there is nothing left to train.
-            if not _ended(resumed, stopping, best):
+            if not stage_ended(resumed, stopping, best):
                 trainer.fit(module, ckpt_path=str(resumed) if resumed.is_file() else None, weights_only=True)
                 epochs = trainer.current_epoch
-        weights = _read_checkpoint(Path(best.best_model_path))["state_dict"]
+        weights = read_checkpoint(Path(best.best_model_path))["state_dict"]
         prefix = "model." if module.average is None else "average.module."
         kept = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         model.load_state_dict(kept)
@@ -224,6 +218,7 @@ class _Job:
             num_sanity_val_steps=0,
             callbacks=callbacks,
             logger=loggers,
+            plugins=WholeCheckpointIO(),
             use_distributed_sampler=False,
             reload_dataloaders_every_n_epochs=1,
             enable_model_summary=False,
@@ -239,34 +234,39 @@ def _check(dataset: Dataset, out: Path, settings: RunConfig, resume: bool) -> No
         )
     if (out / RUN_FILE).is_file():
         raise RunError(f"{out}: already a finished run; choose another --out or remove the folder")
-    if out.exists() and any(out.iterdir()) and not resume:
-        raise RunError(
-            f"{out}: exists and is not empty; continue an interrupted run with --resume or choose another --out"
-        )
+    if out.exists() and any(out.iterdir()):
+        if not resume:
+            raise RunError(
+                f"{out}: exists and is not empty; continue an interrupted run with --resume or choose another --out"
+            )
+        if not (out / JOB).is_file():
+            raise RunError(f"{out}: holds no interrupted run ({JOB} is missing); choose another --out, new or empty")
     if len(dataset.examples("validation")) == 0:
         raise DataError(f"data set '{dataset.name}' has no validation example; early stopping needs 1 or more")
     if int((dataset.training_sequences().lengths >= 2).sum()) == 0:
         raise DataError(f"data set '{dataset.name}' has no user with 2 training interactions or more")
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a training checkpoint (tensors and plain values only); raises RunError naming a damaged one."""
+def _check_devices(train: TrainConfig, accelerator: str, devices: int | str) -> None:
+    """Raise ConfigError when the devices that Lightning finds cannot train with these settings."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; all mean the same to the user
-        kind = type(error).__name__
-        raise RunError(f"{path}: the checkpoint cannot be read ({kind}); remove it to start its stage again") from None
-
-
-def _ended(last: Path, stopping: EarlyStopping, best: ModelCheckpoint) -> bool:
-    """Whether an interrupted stage had already stopped early; then ``best`` is told where the best weights are."""
-    if not last.is_file():
-        return False
-    states = _read_checkpoint(last)["callbacks"]
-    if states[stopping.state_key]["wait_count"] < stopping.patience:
-        return False
-    best.load_state_dict(states[best.state_key])
-    return True
+        with quiet_lightning():
+            trainer = lightning.Trainer(
+                accelerator=accelerator,
+                devices=devices,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+    except MisconfigurationException as error:
+        raise ConfigError(f"--device {accelerator} --devices {devices}: {error}; choose from these") from None
+    if train.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+        raise ConfigError("train.precision is '16-mixed', which needs a GPU; use 32-true or bf16-mixed")
+    if trainer.world_size > train.batch_size:
+        raise ConfigError(
+            f"train.batch_size is {train.batch_size}; allowed: {trainer.world_size} or more, one user for each process"
+        )
 
 
 def _claim(out: Path, settings: RunConfig, fingerprint: str) -> None:
@@ -295,7 +295,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence its notes about accelerators and its advertisements, which say nothing that the milestones do not."""
+    """Run Lightning without its advertisements and its notes about accelerators, and end as other programs do.
+
+    Its own way is to leave with status 0 on SIGTERM and 1 on Ctrl-C: here SIGTERM raises SystemExit(143), and Ctrl-C
+    KeyboardInterrupt.
+    """
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -311,6 +315,10 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(logging.WARNING)
         try:
             yield
+        except SIGTERMException:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        except SystemExit:
+            raise KeyboardInterrupt from None
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

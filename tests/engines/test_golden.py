@@ -226,6 +226,66 @@ def test_weights_of_another_shape_are_refused(golden_path: GoldenPath, tmp_path:
         verify_file(path)
 
 
+def cast(name: str, dtype: Any) -> Callable[[Any], dict[str, Any]]:
+    return lambda arrays: {name: arrays[name].astype(dtype)}
+
+
+def without_items(rows: slice) -> Callable[[Any], dict[str, Any]]:
+    def change(arrays: Any) -> dict[str, Any]:
+        history = arrays["hist"].copy()
+        history[rows] = 0
+        return {"hist": history}
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["train_noise", "sample_noise", "w/hist_norm.bias", "scores", "topk"])
+def test_wider_and_narrower_numbers_of_the_same_kind_are_taken(
+    golden_path: GoldenPath, tmp_path: Path, name: str
+) -> None:
+    source = golden_path("adrec_mlp.npz")
+    path = rewrite(
+        source, tmp_path / "wide.npz", cast(name, np.int32 if name == "topk" else np.float64)(np.load(source))
+    )
+    assert all(check.passed for check in verify_file(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cast("hist", np.float32), "'hist' has dtype float32; expected integers"),
+        (cast("train_t", np.float32), "'train_t' has dtype float32; expected integers"),
+        (cast("sample_noise", np.int64), "'sample_noise' has dtype int64; expected floats"),
+        (cast("w/hist_norm.bias", str), "'w/hist_norm.bias' has dtype <U32; expected floats"),
+        (cast("g/hist_norm.bias", complex), "'g/hist_norm.bias' has dtype complex128; expected floats"),
+        (without_items(slice(2, 3)), "row 2 of 'hist' is not left-padded: expected zeros, then 1 item or more"),
+        (without_items(slice(None)), "row 0 of 'hist' is not left-padded"),
+        (lambda arrays: {"hist": arrays["hist"][:, ::-1]}, "row 1 of 'hist' is not left-padded"),
+        (lambda arrays: {"train_ce": np.zeros(3, np.float32)}, "'train_ce' has shape (3,); expected ()"),
+        (
+            lambda arrays: {"g/hist_norm.bias": np.zeros((3, 32), np.float32)},
+            "'g/hist_norm.bias' has shape (3, 32); expected (32,)",
+        ),
+        (
+            lambda arrays: {"meta": np.array(json.dumps({**json.loads(str(arrays["meta"])), "B": 0}))},
+            "'meta' says B, L, N, D, T = 0, 12, 97, 32, 8; allowed: 1 or more",
+        ),
+    ],
+)
+def test_unusable_arrays_are_named_and_other_files_still_compared(
+    golden_path: GoldenPath, tmp_path: Path, change: Callable[[Any], dict[str, Any]], message: str
+) -> None:
+    source = golden_path("adrec_mlp.npz")
+    path = rewrite(source, tmp_path / "odd.npz", change(np.load(source)))
+    with pytest.raises(DataError) as caught:
+        verify_file(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    result = run("verify", path, golden_path("sasrec_small.npz"))
+    assert result.exit_code == 2, result.exception
+    assert message in result.stderr
+    assert "cached: top 10" in result.stdout
+
+
 def test_one_bad_file_among_good_ones(golden_path: GoldenPath, tmp_path: Path) -> None:
     """The good ones are still compared; a difference weighs more than an unusable file."""
     good, text = golden_path("sasrec_small.npz"), tmp_path / "odd.npz"

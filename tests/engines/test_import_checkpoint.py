@@ -145,6 +145,10 @@ def test_a_pickle_that_runs_code_is_refused_without_running_it(tmp_path: Path, l
         ({"weight": torch.zeros(3)}, "holds no item_embedding.weight; found weight"),
         ({"item_embedding.weight": torch.zeros(3)}, "holds no item_embedding.weight"),
         (
+            {"item_embedding.weight": torch.full((98, 4), torch.nan)},
+            "'item_embedding.weight' holds NaN or infinite values",
+        ),
+        (
             {
                 "item_embedding.weight": torch.zeros(98, 4),
                 "trm_encoder.transformer_blocks.0.attention.linear_layers.1.weight": torch.zeros(4, 4),
@@ -195,6 +199,21 @@ def test_an_existing_folder_is_left_alone(golden_path: GoldenPath, tmp_path: Pat
     (out / "notes.txt").unlink()
     assert run_import(tmp_path / "released.pth", data, out, "--set", "lambda_uncertainty=0.5").exit_code == 0
     assert load_run(out).config.lambda_uncertainty == 0.5
+
+
+def test_a_setting_may_be_named_as_in_other_commands(golden_path: GoldenPath, tmp_path: Path) -> None:
+    torch.save(released_state(golden_path("adrec_mlp.npz")), tmp_path / "released.pth")
+    options = [
+        "model.lambda_uncertainty=0.25",
+        "model.geodesic=true",
+        "guidance_scale=2",
+        "model.condition_dropout=0.3",
+    ]
+    pairs = [part for option in options for part in ("--set", option)]
+    result = run_import(tmp_path / "released.pth", golden_dataset(tmp_path / "data"), tmp_path / "run", *pairs)
+    assert result.exit_code == 0, result.exception
+    config = load_run(tmp_path / "run").config
+    assert (config.lambda_uncertainty, config.geodesic, config.guidance_scale) == (0.25, True, 2.0)
 
 
 def test_the_console_command_prints_the_message_and_ends_with_two(

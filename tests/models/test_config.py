@@ -70,12 +70,18 @@ def test_an_unknown_nested_key_is_compared_with_its_own_section(values: dict[str
         ({"items": 5, "padding": "left"}, ["padding is 'left'", "'released' or 'masked'"]),
         ({"items": 5, "schedule": "quadratic"}, ["schedule is 'quadratic'", "'trunc_lin'"]),
         ({"items": "many"}, ["items is 'many'", "valid integer"]),
+        ({"items": True}, ["items is True", "allowed: a number; YAML reads yes"]),
+        ({"items": 5, "dropout": False}, ["dropout is False", "allowed: a number"]),
         ({}, ["items is missing"]),
     ],
 )
 def test_a_wrong_value_is_named_with_its_range(values: dict[str, Any], parts: list[str]) -> None:
     message = refusal(ModelConfig, **values)
     assert all(part in message for part in ["config.yaml: ", *parts]), message
+
+
+def test_true_and_false_stay_what_switches_take() -> None:
+    assert ModelConfig(items=5, geodesic=True, independent_noise=False).geodesic is True
 
 
 class Either(StrictModel):
@@ -174,6 +180,29 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, text: str)
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"settings\.yaml: (holds (list|str)|is empty|cannot be read)"):
         load_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nmodel: {}\nseed: 2\n", "key 'seed' is given a second time in line 3; keep one"),
+        ("model:\n  width: 8\n  width: 16\n", "key 'width' is given a second time in line 3; keep one"),
+        ("stages:\n- {steps: 2,\n   steps: 4}\n", "key 'steps' is given a second time in line 3; keep one"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_a_merged_key_may_be_given_again(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("a: &usual {x: 1, y: 2}\nb: {<<: *usual, x: 3}\nc: {x: 4}\n")
+    assert load_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 4}}
 
 
 def test_a_file_that_is_missing_or_not_text_is_refused_by_name(tmp_path: Path) -> None:

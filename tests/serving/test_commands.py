@@ -17,6 +17,7 @@ from adrec.checkpoint import load_run
 from adrec.cli import build_app
 from adrec.commands import environment
 from adrec.data.dataset import Dataset
+from adrec.environment import printable_command
 from adrec.errors import AdrecError, ConfigError, DataError, RunError
 from adrec.evaluation import METRICS, evaluate, popularity_evaluation
 from adrec.versions import installed_versions
@@ -70,7 +71,7 @@ def rows(trained: tuple[Path, str], data: Path, tmp_path_factory: pytest.TempPat
     assert f"written to {path}" in shown.replace("\n", "")
     written = json.loads(path.read_text("utf-8"))
     assert (written["run"], written["dataset"]) == (str(trained[0]), "tiny")
-    assert written["command"].split()[0] == Path(sys.argv[0]).name
+    assert written["command"] == printable_command(sys.argv)
     assert written["environment"]["versions"] == installed_versions()
     assert written["environment"]["machine"].keys() >= {"processor", "threads"}
     assert datetime.fromisoformat(written["measured_at_utc"]).utcoffset() == timedelta(0)
@@ -196,6 +197,15 @@ def test_evaluate_refuses_another_data_set(trained: tuple[Path, str], tmp_path: 
         adrec("evaluate", trained[0], "--data", tmp_path / "other")
     with pytest.raises(DataError, match="no such data set"):
         adrec("evaluate", trained[0], "--data", tmp_path / "none")
+
+
+def test_evaluate_names_a_split_without_targets(tmp_path: Path) -> None:
+    rows = [[1, 2, 3], [2, 3, 1]]
+    Dataset.from_lists([row[:2] for row in rows], [row[2:] for row in rows], [[], []], "short").save(tmp_path / "data")
+    train(tmp_path / "data", tmp_path / "run", "--model", "sasrec")
+    for more in ([], ["--strata"]):
+        with pytest.raises(DataError, match="no user has a target in the test split; choose --split validation"):
+            adrec("evaluate", tmp_path / "run", *more)
 
 
 def test_evaluate_says_where_the_data_was(trained: tuple[Path, str], tmp_path: Path) -> None:
