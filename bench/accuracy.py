@@ -21,6 +21,9 @@ AGREEMENT_USERS = 128
 class AccuracyBook:
     """Evaluates one engine on one set of examples, at most once for every (steps, seed).
 
+    Other float32 engines of the model compute the same to rounding: they are compared with it on a few users. An engine
+    that rounds more has an accuracy of its own, measured on all of them.
+
     ``exact_steps`` is the step count that the model was trained with: the reference of every overlap, and
     of the share of the accuracy that fewer steps keep. `None` for a model without steps.
     """
@@ -30,6 +33,7 @@ class AccuracyBook:
         self.examples = examples
         self.exact_steps = exact_steps
         self._found: dict[tuple[Steps, int], Evaluation] = {}
+        self._rounding: dict[str, AccuracyBook] = {}
         # A fixed sample: every engine and step count is compared on the same users.
         users = len(examples.histories)
         picked = np.random.default_rng(0).permutation(users)[:AGREEMENT_USERS]
@@ -47,22 +51,24 @@ class AccuracyBook:
         return f"{self.engine.name}, {self.exact_steps} steps, seed {seed}, {len(self.examples.histories)} users"
 
     def accuracy(self, steps: Steps, seed: int, engine: Engine, exact: AccuracyBook) -> Accuracy:
-        """Return the accuracy at ``steps`` as measured here, and how far ``engine`` agrees with it.
+        """Return the accuracy of ``engine`` at ``steps``: its own if it rounds, else that measured here, if it agrees.
 
         ``exact`` is the book whose evaluation at its exact step count the top-20 overlap refers to.
         """
-        measured = self.evaluation(steps, seed)
+        own = engine is not self.engine and engine.dtype != torch.float32
+        book = self._book_of(engine) if own else self
+        measured = book.evaluation(steps, seed)
         best = exact.evaluation(exact.exact_steps, seed)
         overlap = float(top_overlap(measured.top_items, best.top_items).mean())
         agreement, own_overlap, sampled = None, overlap, measured.users
-        if engine is not self.engine:
+        if engine is not book.engine:
             listed, sampled = self._sample_lists(steps, seed, engine), len(self._sample)
             agreement = float(top_overlap(listed, measured.top_items[self._sample]).mean())
             own_overlap = float(top_overlap(listed, best.top_items[self._sample]).mean())
         return Accuracy(
             metrics_percent=estimates(measured),
             users=measured.users,
-            measured_with=self.engine.name,
+            measured_with=book.engine.name,
             ndcg20_kept_percent=_kept(measured, best) if exact is self else None,
             top20_overlap_fraction=overlap,
             top20_overlap_against=exact.exact_name(seed),
@@ -72,6 +78,11 @@ class AccuracyBook:
             engine_top20_overlap_users=sampled,
             places_base64=pack_places(measured.ranks),
         )
+
+    def _book_of(self, engine: Engine) -> AccuracyBook:
+        if engine.name not in self._rounding:
+            self._rounding[engine.name] = AccuracyBook(engine, self.examples, self.exact_steps)
+        return self._rounding[engine.name]
 
     def _sample_lists(self, steps: Steps, seed: int, engine: Engine) -> Tensor:
         """The top lists of another engine for the sampled users, `[n, k]`."""

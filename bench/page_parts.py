@@ -109,10 +109,10 @@ def _accuracy_words(records: Sequence[TradeoffRecord]) -> str:
         return "not measured"
     record, accuracy = found
     return (
-        f"full ranking over {record.dataset_items} items, bootstrap over {accuracy.users} users; measured "
-        f"with the {accuracy.measured_with} engine; overlap is with {accuracy.top20_overlap_against}; engine "
-        "agreement is the overlap of a row's engine with the measuring one on sampled users, on which the "
-        "overlap of a row's own engine with the exact result is measured too"
+        f"full ranking over {record.dataset_items} items, bootstrap over {accuracy.users} users; measured with the"
+        f" {accuracy.measured_with} engine, or a row's own where that rounds; overlap is with"
+        f" {accuracy.top20_overlap_against}; engine agreement is the overlap of a row's engine with the measuring one"
+        " on sampled users, on which the overlap of a row's own engine with the exact result is measured too"
     )
 
 

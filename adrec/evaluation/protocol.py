@@ -49,23 +49,32 @@ def evaluate(
 ) -> Evaluation:
     """Rank the whole catalogue for every example; averages over users, counts ties against the model.
 
+    Of an engine that rounds, which may score in its own precision, what counts is the list that it serves.
+
     The row key of a user's noise is the user's row in the data set. exclude_history: leave out the user's own items.
     progress: called with the number of users done. Every history needs 1 item or more.
     """
     ranks, tops, taken = [], [], 0
+    listed = min(LISTED, engine.model.config.items)
     for first in range(0, examples.targets.numel(), batch_size):
         rows = torch.arange(first, min(first + batch_size, examples.targets.numel()))
-        histories = examples.histories.select(rows)
-        sampled = engine.generate(histories, steps, seed, row_keys=examples.users[rows])
+        histories, keys = examples.histories.select(rows), examples.users[rows]
+        sampled = engine.generate(histories, steps, seed, row_keys=keys)
         represented, taken = sampled.rows, taken + int(sampled.steps.sum())
         exclude = histories.to(engine.device) if exclude_history else None
         targets = examples.targets[rows].to(engine.device)
-        ranks.append(target_ranks(represented, engine.model.table.detach(), targets, exclude).cpu())
-        tops.append(engine.top_k(represented, min(LISTED, engine.model.config.items), exclude).items.cpu())
+        found = target_ranks(represented, engine.model.table.detach(), targets, exclude)
+        if engine.dtype == torch.float32:
+            items = engine.top_k(represented, listed, exclude).items
+        else:
+            items = engine.recommend(histories, listed, steps, seed, keys, exclude).items
+            found = _places(items, targets, found)
+        ranks.append(found.cpu())
+        tops.append(items.cpu())
         if progress is not None:
             progress(rows.numel())
-    found = _evaluation(ranks, tops, bootstrap)
-    return replace(found, mean_steps=taken / found.users) if taken else found
+    evaluation = _evaluation(ranks, tops, bootstrap)
+    return replace(evaluation, mean_steps=taken / evaluation.users) if taken else evaluation
 
 
 def popularity_evaluation(
@@ -93,6 +102,12 @@ def top_overlap(first: Tensor, second: Tensor) -> Tensor:
     """Share of the items two top lists `[n, k]` have in common, whatever their order; `[n]` in [0, 1]."""
     same = (first[:, :, None] == second[:, None, :]) & (first != 0)[:, :, None]
     return same.any(-1).float().mean(-1)
+
+
+def _places(items: Tensor, targets: Tensor, ranks: Tensor) -> Tensor:
+    """Places of targets in the lists `[n, k]` that were served; of others the rank, behind the last place."""
+    inside = items == targets[:, None]
+    return torch.where(inside.any(-1), inside.int().argmax(-1), ranks.clamp(min=LISTED))
 
 
 def _evaluation(ranks: list[Tensor], tops: list[Tensor], bootstrap: int) -> Evaluation:

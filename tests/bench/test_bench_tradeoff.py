@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import typer
 from typer.testing import CliRunner
 
 from adrec.engines import ENGINES, CachedEngine
+from adrec.engines.base import Sampled
 from adrec.errors import AdrecError, NotSupportedError, RunError
+from adrec.evaluation import evaluate
 from bench.cli import register
 from bench.record import TradeoffRecord, read_records
 from bench.subject import draw_batches, load_subject
@@ -30,6 +33,40 @@ class BreaksAtTwo(CachedEngine):
         if steps == 2:
             raise RuntimeError("two steps are too many")
         return super().represent(histories, steps, *rest, **more)
+
+
+class Coarse(CachedEngine):
+    """An engine whose results are rounded until they say little."""
+
+    name = "coarse"
+    dtype = torch.float16
+
+    def generate(self, *arguments: Any, **more: Any) -> Sampled:
+        found = super().generate(*arguments, **more)
+        return replace(found, rows=found.rows.sign())
+
+
+def test_an_engine_that_rounds_has_its_own_accuracy(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENGINES, Coarse.name, Coarse)
+    rows = run_tradeoff(
+        tiny_run, engines=["cached", Coarse.name], steps=[1], batch_sizes=[8], out=tmp_path / "rows.jsonl",
+        protocol=TimingProtocol(seconds=0.01, rounds=3, rounds_slow=3), quiet=True,
+    ).records  # fmt: skip
+    found = {(row.engine, row.steps): row.accuracy for row in rows if row.model == "adrec"}
+    subject = load_subject(tiny_run, None, "test", None)
+    alone = evaluate(Coarse(subject.run.model.eval()), subject.examples, steps=1, seed=0)
+    exact, coarse = found["cached", 4], found[Coarse.name, 1]
+    assert exact is not None
+    assert coarse is not None
+    assert coarse.metrics_percent["NDCG@20"].value == alone.metrics["NDCG@20"].value
+    assert coarse.metrics_percent["NDCG@20"].value < exact.metrics_percent["NDCG@20"].value
+    assert coarse.ndcg20_kept_percent is not None
+    assert coarse.ndcg20_kept_percent.value < 100
+    assert (coarse.measured_with, coarse.engine_agreement_fraction) == (Coarse.name, None)
+    assert coarse.top20_overlap_fraction == coarse.engine_top20_overlap_fraction
+    assert coarse.engine_top20_overlap_users == coarse.users == 60
 
 
 def test_every_latency_row_carries_its_accuracy(tiny_records: list[TradeoffRecord]) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adrec.data.dataset import Dataset
-from adrec.engines import make_engine
+from adrec.engines import CachedEngine, make_engine
+from adrec.engines.base import TopK
 from adrec.evaluation import (
     METRICS,
     Evaluation,
@@ -119,6 +120,26 @@ def test_both_engines_agree(tiny_model: Any, tiny_dataset: Dataset) -> None:
 def hand_made() -> Dataset:
     """Training counts: item 1 three, item 2 two, item 3 two, item 4 one, item 5 none."""
     return Dataset.from_lists([[1, 2, 3], [1, 2, 4], [1, 3]], [[4], [3], [2]], [[5], [1], [4]])
+
+
+def test_of_an_engine_that_rounds_its_own_lists_count(tiny_model: Any, tiny_dataset: Dataset) -> None:
+    """It serves the list of float32 backwards: places are those of its list, ranks beyond stay behind it."""
+
+    class Backwards(CachedEngine):
+        dtype = torch.int8
+
+        def recommend(self, *arguments: Any, **more: Any) -> TopK:
+            found = super().recommend(*arguments, **more)
+            return TopK(found.items.flip(1), found.scores.flip(1))
+
+    examples = tiny_dataset.examples("test")
+    exact = evaluate(CachedEngine(tiny_model()), examples, steps=1, bootstrap=10)
+    found = evaluate(Backwards(tiny_model()), examples, steps=1, bootstrap=10)
+    listed = exact.top_items.shape[1]
+    inside = exact.ranks < listed
+    assert inside.any()
+    assert torch.equal(found.top_items, exact.top_items.flip(1))
+    assert torch.equal(found.ranks, torch.where(inside, listed - 1 - exact.ranks, exact.ranks))
 
 
 def test_popularity_by_hand() -> None:
