@@ -51,7 +51,7 @@ gpu-targets: gpu-found
 	$(BENCH_ENGINES) --batch-sizes 512 --steps 32 --items 12000
 
 gpu-tests: gpu-found
-	$(BIN)/python -m pytest tests/kernels tests/engines tests/models tests/training
+	$(BIN)/python -m pytest tests/kernels tests/engines tests/models tests/training tests/export
 
 gpu-suites: gpu-found
 	$(BENCH_KERNELS) --shape "paper,ten million" --append

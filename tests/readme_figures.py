@@ -5,25 +5,23 @@ A table's row and a sentence choose a record by their words; the number printed 
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+from readme_records import NoSuchRecordError, Values, one, records, triple, words
 
 from compress.export.comparison import Pair
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "bench" / "records"
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in (
     "steps", "compress", "export", "bench", "kernels", "accuracy")))  # fmt: skip
 """In the order in which a reader runs their commands."""
 NUMBER = r"(?:1/)?(?:\d*\.)?\d+(?:e-\d+)?"
 FENCE, CODE = re.compile(r"```.*?```", re.DOTALL), re.compile(r"`[^`]*`")
-Values = tuple[float, ...]
 
 # Numbers that are no measurement of ours, with the words around them.
 NOT_MEASURED = (
@@ -45,10 +43,6 @@ NOT_MEASURED = (
 WITHOUT_RECORD = (r"\(19\.2 / 9\.40 against 18\.8 / 9\.45\)", r"\(family 26\)")
 
 
-class NoSuchRecordError(Exception):
-    """Words of a page that choose no record, or several."""
-
-
 # What a rule raises for words that it does not know, and for a record without the value.
 UNKNOWN = (NoSuchRecordError, LookupError, TypeError)
 
@@ -56,43 +50,6 @@ UNKNOWN = (NoSuchRecordError, LookupError, TypeError)
 def pages() -> str:
     """All pages, one after the other."""
     return "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
-
-
-@cache
-def records(name: str) -> list[dict[str, Any]]:
-    """All records of the files of a glob, in the order of their names."""
-    found: list[dict[str, Any]] = []
-    for path in sorted(RECORDS.glob(name)):
-        text = path.read_text(encoding="utf-8")
-        found.extend(json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text]))
-    if not found:
-        raise NoSuchRecordError(f"no record {name}")
-    return found
-
-
-def one(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:
-    """The one row with these values; a name may be `a__b` for a value within a value."""
-
-    def value(row: Any, name: str) -> object:
-        for part in name.split("__"):
-            row = row[part]
-        return row
-
-    found = [row for row in rows if all(value(row, name) == each for name, each in wanted.items())]
-    if len(found) != 1:
-        raise NoSuchRecordError(f"{len(found)} records of {wanted}")
-    return found[0]
-
-
-def triple(interval: dict[str, float]) -> Values:
-    return interval["value"], interval["low"], interval["high"]
-
-
-def words(pattern: str, text: str) -> re.Match[str]:
-    """The parts of a label, which holds nothing else."""
-    if (found := re.fullmatch(pattern, text.replace("*", ""))) is None:
-        raise NoSuchRecordError(f"{text!r} is not of the form {pattern!r}")
-    return found
 
 
 def shows(token: str, value: float) -> bool:
@@ -277,6 +234,12 @@ def slow_rounds() -> Values:
     return (speed_record("reference", 32)["timing"]["rounds"],)
 
 
+def today() -> Values:
+    rows = records("engines-cpu-avx2.jsonl")
+    timing = one(rows, path="onnxruntime-int8", items=6086, batch_size_users=1, steps=1)["timing"]
+    return timing["latency_us_p50"] / 1000, timing["latency_us_p99"] / 1000
+
+
 def epoch_seconds(model: str) -> float:
     rows = records("training-beauty-cpu-avx2.jsonl")
     return float(one(rows, model=model, batch_size_users=128, precision="32-true")["timing"]["epoch_seconds"])
@@ -305,6 +268,7 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
     ("the top-20 lists of the two engines agree ({} on {} users)", agreement),
     ("One step keeps {} % [{}, {}] of the 32-step NDCG@20, and {} of its top-20 lists", one_step),
     ("Few calls stand behind the slow rows ({} rounds)", slow_rounds),
+    ("takes one user {} ms, p99 {} ms (`bench/records/engines-cpu-avx2.jsonl`", today),
     ("an epoch of Beauty takes {} s in stage 1 and {} s in the main stage", lambda: (
         epoch_seconds("sasrec"), epoch_seconds("adrec"))),
     ("compiles for sm_{}, {}, {}, {} and {} without spills (`bench/records/kernels-compiled.json`",
