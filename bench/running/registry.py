@@ -109,7 +109,7 @@ def engine_paths_of(context: Context) -> tuple[str, ...]:
 
 
 def engines_here(device: torch.device) -> tuple[str, ...]:
-    """Engines of every precision that a device runs at its own speed, but AOTInductor's: minutes to compile a step count."""
+    """Engines of every precision that a device runs at its own speed; AOTInductor's takes minutes to compile."""
     from adrec.engines import ENGINES, AotInductorEngine
     from kernels import _runtime
 
