@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,11 @@ OF_A_RUN = {
 
 OF_A_DATA_SET = {"dataset.json", "items.parquet", "users.parquet", "sequences.parquet"}
 """Files of a prepared data set, protected likewise."""
+
+OF_AN_EXPORT = {"export.json", "tensorrt.json"}
+"""Files of a folder of exports, protected likewise; so are those with these endings."""
+
+EXPORTED = {".onnx", ".data", ".pt2", ".plan"}
 
 
 @contextmanager
@@ -54,18 +59,26 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def check_output(path: Path, option: str, make_folder: bool = False) -> None:
-    """Raise ConfigError, before any work, when a file cannot be written at ``path``.
+def check_output(path: Path, option: str, make_folder: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Raise ConfigError, before any work, when a file cannot be written at ``path``, or must not be.
 
-    ``make_folder`` says that the caller makes missing folders above it; else the folder must exist.
+    ``make_folder`` says that the caller makes missing folders above it; else the folder must exist. ``inputs``: what is
+    read, and may not be replaced.
     """
     if path.is_dir():
         raise ConfigError(f"{option} is {path}: a folder; give the name of a file, new or to be replaced")
     if path.exists() and not path.is_file():
         raise ConfigError(f"{option} is {path}: not a regular file; give the name of a file, new or to be replaced")
     place = path.resolve()
-    for kind, mark, files in (("run", "run.json", OF_A_RUN), ("data set", "dataset.json", OF_A_DATA_SET)):
-        if path.exists() and place.name in files and (place.parent / mark).is_file():
+    if path.exists() and any(place == each.resolve() for each in inputs):
+        raise ConfigError(f"{option} is {path}: the file that is read; give another name")
+    for kind, mark, files in (
+        ("run", "run.json", OF_A_RUN),
+        ("data set", "dataset.json", OF_A_DATA_SET),
+        ("export", "export.json", OF_AN_EXPORT),
+    ):
+        own = place.name in files or (kind == "export" and place.suffix in EXPORTED)
+        if path.exists() and own and (place.parent / mark).is_file():
             raise ConfigError(f"{option} is {path}: a file of the {kind} {place.parent.name}; give another name")
     if make_folder:
         _check_folder(path.parent, path, option)

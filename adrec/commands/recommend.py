@@ -51,7 +51,7 @@ def recommend(
     if not separator:
         raise ConfigError("--separator is empty; give one character or more")
     file_format(out, "--out")
-    check_output(out, "--out")
+    check_output(out, "--out", inputs=[source])
     file_format(source, "--input")
     recommender = Recommender.load(run, engine, device, exported)
     options: dict[str, Any] = {

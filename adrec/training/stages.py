@@ -99,7 +99,7 @@ def train_run(
     try:
         return _stages(job, settings, train, out)
     except (KeyboardInterrupt, SystemExit):
-        report(f"interrupted; `adrec train {data_path} --out {out} --resume` continues")
+        report(f"interrupted; `adrec train {data_path} --out {out} --resume`, with the same settings, continues")
         raise
 
 

@@ -45,7 +45,7 @@ def compare(
 
     limit, accuracy_limit = share(bound, "--bound"), share(accuracy_bound, "--accuracy-bound")
     if markdown is not None:
-        check_output(markdown, "--markdown", make_folder=True)
+        check_output(markdown, "--markdown", make_folder=True, inputs=[old, new, *filter(None, [calibration])])
     found = compare_rows(
         rows_of(read_any(old)),
         rows_of(read_any(new)),

@@ -163,6 +163,8 @@ def _pair(key: Key, old: Row, new: Row, bound: float, spread: float, allow_busy:
         time = TimeChange(None, "fails now", new.error)
     elif old.error is not None and new.error is None:
         time = TimeChange(None, "works now", f"failed before: {old.error}")
+    elif old.error is None and (missing := _missing(old, new)):
+        time = TimeChange(None, "fails now", f"the new record holds no {missing}")
     elif not old.rounds_ms or not new.rounds_ms:
         time = TimeChange(None, "not measured", _untimed(old, new))
     else:
@@ -183,6 +185,12 @@ def _believed(change: TimeChange, overload: str | None) -> TimeChange:
     if overload is None or change.verdict not in ("slower", "faster"):
         return change
     return replace(change, verdict="too noisy to tell", reason=f"{change.verdict}, but {overload}")
+
+
+def _missing(old: Row, new: Row) -> str | None:
+    if old.rounds_ms and not new.rounds_ms:
+        return "times"
+    return "accuracy" if old.accuracy and not new.accuracy else None
 
 
 def _untimed(old: Row, new: Row) -> str:

@@ -140,7 +140,8 @@ def _(record: ServingRecord) -> Row:
         rounds_ms=tuple(summary.window_medians_ms) if summary else (),
         tail_ms=summary.latency_ms_p95 if summary else None,
         accuracy=record.accuracy,
-        error=record.error,
+        # As `adrec bench serving` says it: such figures count for nothing.
+        error=record.error or (f"does not count: {summary.invalid_because}" if summary and not summary.valid else None),
         users=(record.dataset_fingerprint, record.split, str(record.accuracy.users if record.accuracy else 0)),
         weights=record.model_fingerprint,
         tail=Tail(99.0, summary.latencies) if summary and summary.latencies else None,

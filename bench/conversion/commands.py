@@ -28,7 +28,7 @@ def convert(
         raise ConfigError(
             f"{source} to {target}: expected records.jsonl benchmark.json, or benchmark.json records.jsonl"
         )
-    check_output(target, "TARGET", make_folder=True)
+    check_output(target, "TARGET", make_folder=True, inputs=[source])
     if endings[0] == ".jsonl":
         records = read_any(source)
         text = pytest_text(records)

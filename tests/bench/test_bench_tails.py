@@ -175,6 +175,20 @@ def test_what_a_higher_rate_of_arrivals_explains_is_no_regression(
     assert (only(quicker).time.verdict == "faster") == caught
 
 
+def test_figures_that_do_not_count_or_are_gone_are_a_regression(row: TradeoffRecord) -> None:
+    old = served(row, latencies(0, 2000))
+    assert old.summary is not None
+    late = {"valid": False, "invalid_because": "it did not keep up"}
+    invalid = old.model_copy(update={"summary": old.summary.model_copy(update=late)})
+    failed = only(compared(old, invalid)).time
+    assert (failed.verdict, failed.reason) == ("fails now", "does not count: it did not keep up")
+    assert only(compared(invalid, old)).time.verdict == "works now"
+    for gone in ({"summary": None}, {"accuracy": None}):
+        pair = only(compared(old, old.model_copy(update=gone)))
+        assert pair.time.verdict == "fails now"
+        assert pair.time.reason.startswith("the new record holds no ")
+
+
 def test_command_line(row: TradeoffRecord, tmp_path: Path) -> None:
     app = typer.Typer()
     register(app)

@@ -85,6 +85,19 @@ def test_the_files_of_a_data_set_are_not_replaced(tmp_path: Path) -> None:
             check_output(tmp_path / name, "--out")
 
 
+def test_neither_an_export_nor_what_is_read_is_replaced(tmp_path: Path) -> None:
+    for name in ("export.json", "request-fp32-s1.onnx", "users.jsonl", "verified.json"):
+        (tmp_path / name).touch()
+    check_output(tmp_path / "verified.json", "--json")
+    for name in ("export.json", "request-fp32-s1.onnx"):
+        with pytest.raises(ConfigError, match=f"{name}: a file of the export {tmp_path.name}; give another name"):
+            check_output(tmp_path / name, "--json")
+    users = tmp_path / "users.jsonl"
+    check_output(users, "--out")
+    with pytest.raises(ConfigError, match=r"users\.jsonl: the file that is read; give another name"):
+        check_output(tmp_path / ".." / tmp_path.name / "users.jsonl", "--out", inputs=[users])
+
+
 def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_output(tmp_path / "file", "--out")

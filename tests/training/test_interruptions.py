@@ -69,7 +69,7 @@ def test_a_signal_ends_in_its_status_and_the_command_that_continues(
         check=False,
     )
     assert result.returncode == status, result.stderr
-    assert f"interrupted; `adrec train {data} --out {out} --resume` continues" in result.stdout
+    assert f"interrupted; `adrec train {data} --out {out} --resume`, with the same settings, continues" in result.stdout
     assert "Traceback" not in result.stderr
     assert not (out / "run.json").exists()
     assert (out / "checkpoints" / "pretrain" / "last.ckpt").is_file()
