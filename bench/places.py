@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import AfterValidator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LISTED = 20
 MOST_USERS = 100_000
@@ -39,6 +43,15 @@ def unpack_places(text: str) -> NDArray[np.uint8]:
     if places.size and places.max() > LISTED:
         raise ValueError(f"not packed places: a place is {places.max()}; allowed: 0 to {LISTED}")
     return places
+
+
+def _checked(text: str) -> str:
+    unpack_places(text)
+    return text
+
+
+PackedPlaces = Annotated[str, AfterValidator(_checked)]
+"""What `pack_places` writes, as the field of a record: text that cannot be unpacked is refused on reading."""
 
 
 def metric_gains(places: NDArray[np.uint8], metric: str) -> NDArray[np.float64]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
 from bench.latency_blocks import LatencyBlocks
+from bench.places import PackedPlaces
 
 BASELINE_MODEL = "sasrec+"
 POPULARITY = "popularity"
+
+Duration = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A time that was measured; the name of the field that holds it says in which unit."""
 
 
 class Estimate(Frozen):
@@ -35,7 +39,7 @@ class TimingSummary(Frozen):
     latency_ms_p95: float = Field(gt=0)
     latency_ms_p99: float = Field(gt=0)
     latency_ms_percentiles: dict[float, float] | None = None
-    round_medians_ms: list[float]
+    round_medians_ms: list[Duration]
     latencies: LatencyBlocks | None = None
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
@@ -71,7 +75,7 @@ class Accuracy(Frozen):
     engine_agreement_users: int = Field(ge=0)
     engine_top20_overlap_fraction: float | None = Field(None, ge=0, le=1)
     engine_top20_overlap_users: int = Field(0, ge=0)
-    places_base64: str | None = None
+    places_base64: PackedPlaces | None = None
 
 
 class RequestRoof(Frozen):

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from adrec.environment import Environment, Frozen
-from bench.record import Accuracy, Estimate, MeasuringProtocol
+from bench.places import PackedPlaces
+from bench.record import Accuracy, Duration, Estimate, MeasuringProtocol
 
 
 class CompressTiming(Frozen):
@@ -27,7 +28,7 @@ class CompressTiming(Frozen):
     latency_to_sasrec: Estimate | None
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
-    round_medians_ms: list[float] = Field(default_factory=list)
+    round_medians_ms: list[Duration] = Field(default_factory=list)
 
 
 class CompressAccuracy(Frozen):
@@ -43,7 +44,7 @@ class CompressAccuracy(Frozen):
     top20_overlap_fraction: float = Field(ge=0, le=1)
     users: int = Field(ge=1)
     measured_with: str
-    places_base64: str | None = None
+    places_base64: PackedPlaces | None = None
 
     def as_of_tradeoff(self) -> Accuracy:
         """The same as other records hold it, for comparing two files."""

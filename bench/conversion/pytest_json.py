@@ -100,9 +100,9 @@ def records_of(content: object, where: str) -> list[AnyRecord]:
         if not isinstance(record, dict) or not isinstance(holder, dict):
             raise DataError(f"{where}: benchmark {name!r} holds no record of adrec; only its own suites' files convert")
         full = {"environment": environment, **record}
-        if timed and full.get("timing") is None and full.get("kind") in ("tradeoff", "engine", "kernel"):
-            full["timing"] = _timing(full, entry.get("stats"), f"{where}: benchmark {name!r}")
         try:
+            if timed and full.get("timing") is None and full.get("kind") in ("tradeoff", "engine", "kernel"):
+                full["timing"] = _timing(full, entry.get("stats"), f"{where}: benchmark {name!r}")
             found.append((int(holder.get(POSITION, number)), ADAPTER.validate_python(full)))
         except (ValidationError, ValueError, TypeError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -39,7 +39,8 @@ def bench_kernels(
     cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Time each kernel in a CUDA graph too.")] = False,
     engines: Annotated[bool, typer.Option("--engines", help="Measure engines instead of single kernels.")] = False,
     paths: Annotated[
-        str | None, typer.Option(help="With --engines: engines, also compiled or in a CUDA graph; default: all.")
+        str | None,
+        typer.Option(help="With --engines: engines, also compiled or in a CUDA graph; default: all of the device."),
     ] = None,
     batch_sizes: Annotated[str, typer.Option(help="With --engines: users in a batch.")] = "1,32,512,4096",
     steps: Annotated[str, typer.Option(help="With --engines: reverse steps.")] = "1,4,32",
@@ -82,7 +83,7 @@ def bench_kernels(
         raise ConfigError("--cuda-graph: there are none with --device cpu; leave it out")
     where = check_bench_device(device, engines=engines)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    sweep = _engine_sweep(paths, batch_sizes, steps, items, width) if engines else None
+    sweep = _engine_sweep(where, paths, batch_sizes, steps, items, width) if engines else None
     with SweepProgress(console, quiet=quiet) as progress:
         if where.type == "cpu":
             what = "on a CPU this is a smoke run" if engines else CPU_NOTE
@@ -224,17 +225,17 @@ def _results(row: KernelsRecord) -> str:
 
 
 def _engine_sweep(
-    paths: str | None, batch_sizes: str, steps: str, items: str, width: int
+    device: torch.device, paths: str | None, batch_sizes: str, steps: str, items: str, width: int
 ) -> Callable[..., Iterator[KernelsRecord]]:
     from adrec.commands.options import integers
     from adrec.errors import ConfigError
-    from bench.kernels.engine_paths import PATHS, check_paths
+    from bench.kernels.engine_paths import check_paths, default_paths
     from bench.kernels.engine_sweep import Axes, EngineSweep
 
     if width % HEADS:
         raise ConfigError(f"--width {width}: allowed are multiples of {HEADS}, the heads of the random model")
     axes = Axes(
-        paths=PATHS if paths is None else tuple(check_paths(paths)),
+        paths=default_paths(device) if paths is None else tuple(check_paths(paths)),
         batch_sizes=tuple(integers(batch_sizes, "--batch-sizes", 1, MOST_USERS)),
         steps=tuple(integers(steps, "--steps", 1, MOST_STEPS)),
         items=tuple(integers(items, "--items", 1, MOST_ITEMS)),

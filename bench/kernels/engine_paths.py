@@ -138,6 +138,13 @@ def check_paths(text: str, option: str = "--paths") -> list[str]:
     return pick_all(text, KNOWN, option)
 
 
+def default_paths(device: torch.device) -> tuple[str, ...]:
+    """`PATHS`; elsewhere than on a CUDA device, without kernels and graphs, which need one."""
+    if device.type == "cuda":
+        return PATHS
+    return tuple(path for path in PATHS if not path.startswith(TritonEngine.name) and not path.endswith(GRAPH))
+
+
 def paths_here(engines: Sequence[str], device: torch.device) -> tuple[str, ...]:
     """Engines with what they are measured against on a device: compiled, exported, as CUDA graphs, and SASRec+."""
     rivals = [f"{ReferenceEngine.name}{COMPILED}", f"{CachedEngine.name}{COMPILED}"]

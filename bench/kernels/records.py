@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
-from bench.record import Estimate
+from bench.record import Duration, Estimate
 
 CPU_NOTE = "CPU: twins only, no kernel ran"
 
@@ -25,7 +25,7 @@ class PathTiming(Frozen):
     latency_us_p50: float = Field(gt=0)
     latency_us_p95: float = Field(gt=0)
     latency_us_p99: float = Field(gt=0)
-    round_medians_us: list[float]
+    round_medians_us: list[Duration]
     calls: int = Field(ge=1)
     rounds: int = Field(ge=1)
     time_ratio_to_baseline: Estimate | None

@@ -14,6 +14,8 @@ from kernels.inventory import Case, Entry, Shape, entries
 
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
 CUSTOM, SMALL = "custom", "small"
+MAY_BE_ZERO = frozenset({"bias", "denoiser_blocks", "dropout_percent", "pads"})
+"""Sizes of what a kernel can go without; any other is 1 at least."""
 SMALL_SIZES: Shape = {"users": 8, "tokens": 64, "items": 500, "steps": 2}
 
 
@@ -77,7 +79,10 @@ def choose_shapes(text: str | None, chosen: Sequence[Entry]) -> dict[str, Mappin
         return {entry.name: entry.shapes for entry in chosen}
     if "=" in text:
         sizes = _sizes(text, chosen)
-        return {entry.name: {CUSTOM: _replaced(next(iter(entry.shapes.values())), sizes)} for entry in chosen}
+        custom = {entry.name: _replaced(next(iter(entry.shapes.values())), sizes) for entry in chosen}
+        for name, shape in custom.items():
+            _check_heads(text, name, shape)
+        return {name: {CUSTOM: shape} for name, shape in custom.items()}
     known = {name for entry in chosen for name in entry.shapes}
     # The names of some shapes hold commas.
     names = [text] if text in known else pick_all(text, sorted(known), "--shape")
@@ -86,10 +91,12 @@ def choose_shapes(text: str | None, chosen: Sequence[Entry]) -> dict[str, Mappin
 
 def pick(name: str, known: Collection[str], option: str) -> str:
     """Return the name; raises ConfigError with the nearest and all of them when it is empty or not known."""
+    # The names of some shapes hold commas.
+    there_are = ("; " if any("," in each for each in known) else ", ").join(known)
     if not name:
-        raise ConfigError(f"{option}: a name is empty; there are: {', '.join(known)}")
+        raise ConfigError(f"{option}: a name is empty; there are: {there_are}")
     if name not in known:
-        raise ConfigError(f"{option} {name} is not known{nearest(name, known)}; there are: {', '.join(known)}")
+        raise ConfigError(f"{option} {name} is not known{nearest(name, known)}; there are: {there_are}")
     return name
 
 
@@ -114,14 +121,28 @@ def _parts(text: str) -> list[str]:
 
 def _sizes(text: str, chosen: Sequence[Entry]) -> dict[str, int]:
     known = sorted({size for entry in chosen for size in next(iter(entry.shapes.values()))})
-    found = {}
+    found: dict[str, int] = {}
     for part in _parts(text):
         name, _, value = part.partition("=")
         pick(name, known, "--shape: size")
         if not value.isdecimal():
             raise ConfigError(f"--shape {part}: expected a whole number, such as {name}=512")
+        least = 0 if name in MAY_BE_ZERO else 1
+        if int(value) < least:
+            raise ConfigError(f"--shape {part}: allowed is {least} or more, such as {name}=512")
+        if name in found:
+            raise ConfigError(f"--shape {text}: {name} is given twice; give it once, and other sizes in another run")
         found[name] = int(value)
     return found
+
+
+def _check_heads(text: str, kernel: str, shape: Shape) -> None:
+    width, heads = shape.get("width", 0), shape.get("heads", 1)
+    if width % heads:
+        raise ConfigError(
+            f"--shape {text}: {kernel} has {heads} heads, which do not divide its width of {width}; allowed are"
+            f" multiples of {heads}, such as width={heads * 32}, or give heads= too"
+        )
 
 
 def _replaced(shape: Shape, sizes: Mapping[str, int]) -> Shape:

@@ -12,6 +12,7 @@ import torch
 from adrec.config import ServingConfig
 from adrec.engines import ENGINES, Engine, make_engine
 from adrec.environment import Environment, read_environment
+from adrec.errors import ConfigError
 from adrec.respacing import Steps, sampler_name, step_count
 from bench.accuracy import RESULTS, AccuracyBook
 from bench.kernels.measure import now_utc
@@ -171,6 +172,11 @@ class ServingBench:
                 policy.wait_most_ms / 1e3,
                 report,
                 extent.seconds_most,
+            )
+        if not served.queries:
+            raise ConfigError(
+                f"no query was answered in the {extent.seconds_most:g} seconds of --seconds-most: give a higher --rate"
+                " or --load, or more --seconds-most"
             )
         arrive = scenario == "server"
         bound = policy.latency_bound_ms if arrive else None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from adrec.environment import Environment, Frozen
 from bench.latency_blocks import LatencyBlocks
-from bench.record import Accuracy
+from bench.record import Accuracy, Duration
 
 Scenario = Literal["single stream", "server", "offline"]
 
@@ -47,7 +47,7 @@ class ServingSummary(Frozen):
     latency_ms_p95: float = Field(gt=0)
     latency_ms_p99: float = Field(gt=0)
     latency_ms_most: float = Field(gt=0)
-    window_medians_ms: list[float]
+    window_medians_ms: list[Duration]
     latencies: LatencyBlocks | None = None
     throughput_users_per_second: float = Field(gt=0)
     bound_met_fraction: float | None = Field(ge=0, le=1)

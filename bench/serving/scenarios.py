@@ -103,15 +103,18 @@ def server(
     """Queries arrive at ``arrivals`` `[n]`, ascending seconds from the start; the server takes what is waiting.
 
     A batch starts when the server is free and it is full, or its first query has waited ``wait_most`` seconds, or
-    nothing else will arrive.
+    nothing else will arrive; none starts ``seconds_most`` after the start or later.
     """
     found = Served(times_ms=[0.0] * len(arrivals))
     start, done, total = timeline.now(), 0, len(arrivals)
-    while done < total and timeline.now() - start < seconds_most:
+    stop = start + seconds_most
+    while done < total:
         first = start + float(arrivals[done])
         last = start + float(arrivals[min(done + batch_most, total) - 1])
-        timeline.wait_until(max(first, min(first + wait_most, last)))
+        timeline.wait_until(min(stop, max(first, min(first + wait_most, last))))
         begin = timeline.now()
+        if begin >= stop:
+            break
         waiting = max(1, int(np.searchsorted(arrivals, begin - start, side="right")) - done)
         size = min(waiting, batch_most)
         serve(range(done, done + size))

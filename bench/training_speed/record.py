@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from adrec.environment import Environment, Frozen
+from bench.record import Duration
 
 
 class TrainingTiming(Frozen):
@@ -18,7 +19,7 @@ class TrainingTiming(Frozen):
 
     step_ms_p50: float = Field(gt=0)
     step_ms_p95: float = Field(gt=0)
-    window_medians_ms: list[float]
+    window_medians_ms: list[Duration]
     steps: int = Field(ge=1)
     tokens_per_second: float = Field(gt=0)
     users_per_second: float = Field(gt=0)

@@ -118,6 +118,9 @@ def test_times_of_a_suite_are_read_from_its_samples(tiny_records: list[TradeoffR
     assert found.timing.throughput_users_per_second == pytest.approx(1e3 * (found.batch_size_users or 0) / 2.0)
     with pytest.raises(DataError, match="keeps no samples; write it with --benchmark-json"):
         records_of(without(content, "benchmarks", 0, "stats", "data"), "x.json")
+    content["benchmarks"][0]["stats"]["data"] = [0.001, 1e-13, 0.002]
+    with pytest.raises(DataError, match="is damaged: Input should be greater than 0"):
+        records_of(content, "x.json")
 
 
 def invoke(*arguments: str) -> Any:

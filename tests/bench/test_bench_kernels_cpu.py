@@ -18,6 +18,7 @@ from bench.cli import register
 from bench.comparing.comparison import compare
 from bench.comparing.rows import rows_of
 from bench.comparing.tables import markdown_of
+from bench.kernels.engine_paths import PATHS, default_paths
 from bench.kernels.measure import COMPILED, COPY, TWIN, KernelBench, Timer
 from bench.kernels.records import CPU_NOTE, KernelRecord
 from bench.kernels.selection import choose_cases, choose_twins
@@ -152,3 +153,32 @@ def test_the_paper_in_float32_unless_something_else_is_chosen(
     out = tmp_path / "chosen.jsonl"
     assert invoke("--device", "cpu", "--seconds-per-path", "1e-6", *options, "--out", str(out)).exit_code == 0
     assert {(row.shape_name, row.dtype) for row in read_any(out) if isinstance(row, KernelRecord)} == cells
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--shape", "users=0"), "--shape users=0: allowed is 1 or more, such as users=512"),
+        (("--shape", "users=8,users=9"), "--shape users=8,users=9: users is given twice"),
+        (("--shape", "width=130"), "--shape width=130: prefix_attention has 4 heads, which do not divide its width of"),
+        (("--kernel", "encode*", "--shape", "heads=3"), "encode_prefix has 3 heads.*allowed are multiples of 3, such"),
+        (("--shape", "papr"), "there are: .*; guided, geodesic; .*; paper; "),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused_before_anything_runs(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        raise invoke("--device", "cpu", *options, "--out", str(tmp_path / "rows.jsonl")).exception
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kernel_can_go_without_may_be_zero() -> None:
+    (case,) = choose_twins("prefix_attention", "pads=0,dropout_percent=0,width=96,heads=3")
+    assert [case.shape[name] for name in ("pads", "dropout_percent", "width", "heads")] == [0, 0, 96, 3]
+
+
+def test_the_default_paths_run_on_the_device() -> None:
+    names = ("reference", "cached", "cached-compiled", "reference-compiled", "sasrec-reference", "sasrec-cached")
+    assert default_paths(torch.device("cpu")) == names
+    assert default_paths(torch.device("cuda")) == PATHS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -68,6 +69,30 @@ def test_wrong_content_names_file_line_and_way_out(written: Path, change: dict[s
     content = json.loads(written.read_text().splitlines()[1])
     _replace_second_line(written, json.dumps(content | change))
     with pytest.raises(DataError, match=rf"records\.jsonl, line 2: .*{message}"):
+        read_records(written)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        (
+            "timing",
+            "round_medians_ms",
+            [1.0, 0.0],
+            r"field 'timing\.round_medians_ms\.1': .* greater than 0",
+        ),
+        ("timing", "round_medians_ms", [-1.0], r"field 'timing\.round_medians_ms\.0': .* greater than 0"),
+        ("timing", "round_medians_ms", [math.nan], r"field 'timing\.round_medians_ms\.0'"),
+        ("timing", "round_medians_ms", [math.inf], r"field 'timing\.round_medians_ms\.0': .* finite number"),
+        ("accuracy", "places_base64", "AAAA", r"field 'accuracy\.places_base64': .*not packed places"),
+        ("accuracy", "places_base64", "é", r"field 'accuracy\.places_base64': "),
+    ],
+)
+def test_damaged_measurements_are_named(written: Path, part: str, field: str, value: object, message: str) -> None:
+    content = json.loads(written.read_text().splitlines()[1])
+    content[part][field] = value
+    _replace_second_line(written, json.dumps(content))
+    with pytest.raises(DataError, match=rf"records\.jsonl, line 2: {message}"):
         read_records(written)
 
 

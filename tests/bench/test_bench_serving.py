@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adrec.errors import ConfigError
+from adrec.errors import ConfigError, DataError
 from bench.archive import read_any
 from bench.comparing.rows import row_of
 from bench.json_lines import json_line
@@ -150,6 +151,16 @@ def test_single_stream_and_offline_reach_both_minima() -> None:
     assert late.queries == len(late.times_ms) == 5
 
 
+def test_no_arrival_is_waited_for_beyond_the_end() -> None:
+    timeline = FakeTimeline()
+    worker = Worker(timeline, 0.5)
+    # The second comes in thirty years; a batch of two would wait as long.
+    found = server(worker, timeline, np.array([0.25, 1e9]), 1, 0.0, silent, seconds_most=4.0)
+    assert (worker.batches, found.times_ms, found.seconds) == ([range(1)], [500.0], 4.0)
+    found = server(worker, timeline, np.array([0.25, 1e9]), 2, 1e9, silent, seconds_most=4.0)
+    assert (found.queries, found.times_ms, found.seconds) == (0, [], 4.0)
+
+
 def test_what_makes_figures_invalid() -> None:
     timeline = FakeTimeline()
     overload = server(Worker(timeline, 1.0), timeline, np.arange(1, 21) * 0.1, 1, 0.0, silent)
@@ -221,6 +232,12 @@ def test_records_of_all_scenarios(subject: Subject, tmp_path: Path) -> None:
     path = tmp_path / "serving.jsonl"
     path.write_text("".join(json_line(record) for record in records))
     assert read_any(path) == records
+    window = records[0].model_dump(mode="json")
+    window["summary"]["window_medians_ms"][0] = 0.0
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text(json.dumps(window) + "\n")
+    with pytest.raises(DataError, match=r"damaged\.jsonl, line 1: .*window_medians_ms\.0': Input should be greater"):
+        read_any(damaged)
     rows = [row_of(record) for record in records]
     assert len({row.key for row in rows}) == 3
     assert ("rate", "1000.0") in rows[1].key
@@ -235,6 +252,9 @@ def test_a_load_sets_the_rate_and_an_error_is_a_record(subject: Subject) -> None
     assert (found.demand.latency_bound_ms, found.summary.bound_met_fraction) == (None, None)
     assert (found.demand.arrivals_per_second or 0.0) > 0.0
     assert ("load", "0.25") in row_of(found).key
+    idle = Policy(Extent(0.0, 8, seconds_most=0.01), rate=1e-9)
+    none = ServingBench(subject, idle, torch.device("cpu"), "adrec bench").record("server", "cached", 1, silent)
+    assert str(none.error).startswith("ConfigError: no query was answered in the 0.01 seconds of --seconds-most: give")
     failed: ServingRecord = bench.record("offline", "cached", 99, silent)
     assert failed.summary is None
     assert str(failed.error).startswith("ConfigError: ")
