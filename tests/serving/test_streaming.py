@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from adrec import Recommender, streaming
 from adrec.cli import build_app
-from adrec.errors import AdrecError, DataError
+from adrec.errors import AdrecError, ConfigError, DataError
 from adrec.recommender import Recommendation
 from adrec.streaming import SeenUsers, UserHistory, file_format, open_output, read_histories
 
@@ -220,10 +220,13 @@ def test_no_users_is_an_empty_file(integer_run: Path, tmp_path: Path, suffix: st
     assert read_back(tmp_path / f"out{suffix}") == []
 
 
-def test_input_may_be_the_output(integer_run: Path, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "users.jsonl")
-    recommend(integer_run, tmp_path / "users.jsonl", tmp_path / "users.jsonl", "--k", "2")
-    assert [row["user"] for row in read_back(tmp_path / "users.jsonl")] == [user for user, _ in USERS]
+def test_histories_are_not_replaced_by_recommendations(integer_run: Path, tmp_path: Path) -> None:
+    users = tmp_path / "users.jsonl"
+    write_jsonl(users)
+    before = users.read_bytes()
+    with pytest.raises(ConfigError, match=r"--out is .*users\.jsonl: the file that is read; give another name"):
+        recommend(integer_run, users, users, "--k", "2")
+    assert users.read_bytes() == before
 
 
 def results(count: int, items: list[Any]) -> list[Recommendation]:
