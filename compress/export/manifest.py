@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import adrec.models
 from adrec.checkpoint import Run, model_fingerprint
 from adrec.config import ModelConfig, ServingConfig
 from adrec.engines.exported import GraphFile, Manifest, Precision, StepTable, graph_sha256
@@ -62,10 +64,18 @@ def tool_versions() -> dict[str, str]:
     return {name: version for name in _TOOLS if (version := found.get(name)) is not None}
 
 
+@cache
+def _code() -> str:
+    """Digest of the code that makes graphs: versions of a checkout do not tell what was edited."""
+    folders = (Path(__file__).parent, Path(adrec.models.__file__).parent)
+    files = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
 def cache_name(format: str, model: SequenceModel, steps: Steps, loop: bool, precision: Precision, k: int) -> str:
     """Name of the folder of one engine's graph; it holds all that decides the file but the weights."""
     plan = steps.model_dump_json() if isinstance(steps, ServingConfig) else str(steps)
-    facts = json.dumps([format, plan, loop, k, model.config.model_dump(mode="json"), tool_versions()])
+    facts = json.dumps([format, plan, loop, k, model.config.model_dump(mode="json"), tool_versions(), _code()])
     return f"{format}-{precision}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 

@@ -4,12 +4,12 @@
 ``int8-qdq`` and ``fp8-qdq`` are for GPUs: symmetric Q/DQ pairs around linear layers, scales from real histories. The
 quantiser's own preprocessing is left out: it stores the item table twice.
 
-Q/DQ pairs are put around the layers that run once for every item of a history, nearly all of the work of a few steps.
-Layers that run once for a user (the reverse steps and the score) stay in float: what they round reaches the list
-undamped.
+What is rounded are the layers that run once for every item of a history, nearly all of the work of a few steps. Layers
+that run once for a user (the reverse steps and the score) stay in float: what they round reaches the list undamped.
+int8-dynamic rounds the score as well, but only to choose candidates: see `compress.export.rescore`.
 
 Of a graph whose steps are a loop, what runs before and after it is quantised alike; the loop's body and the embeddings
-of its steps stay in float in every variant. A weight that the body reads as well is stored in both forms.
+of its steps stay in float in every variant. A weight that is read both ways is stored in both forms.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from adrec.errors import NotSupportedError
 from compress.export.float8 import quantise_float8
 from compress.export.graphs import Graph
 from compress.export.onnx_graph import all_graphs, dimensions
+from compress.export.rescore import rescore
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -56,11 +57,11 @@ def quantise_graph(
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         try:
+            folded = Path(scratch) / "folded.onnx"
+            floats = prepare(source, folded)
             if kind == "int8-dynamic":
-                _dynamic(source, made)
+                _dynamic(folded, made, floats)
             else:
-                folded = Path(scratch) / "folded.onnx"
-                floats = prepare(source, folded)
                 batches = calibration_inputs(graph, calibration)
                 if quantiser == "modelopt":
                     _modelopt(folded, made, kind, graph, floats, batches)
@@ -109,7 +110,7 @@ def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[
 
 
 def prepare(source: Path, target: Path) -> list[str]:
-    """Write a graph that is ready for Q/DQ pairs; returns the products that stay in float, by node.
+    """Write a graph that is ready for a quantiser; returns the products that stay in float, by node.
 
     Those have one row a user, or one a step. A slice of a weight becomes a constant: it would be taken for an
     activation and get one scale instead of one per channel. A weight that products of both kinds read is stored for
@@ -169,18 +170,22 @@ def _cut(
     return tuple(found)
 
 
-def _dynamic(source: Path, target: Path) -> None:
+def _dynamic(source: Path, target: Path, floats: list[str]) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    # One scale for all steps of a loop would make a step depend on the others. The quantiser renames products first.
-    floats = products_with(onnx.load(str(source), load_external_data=False), "steps")
+    model = onnx.load(str(source))
+    rounded = rescore(model)
+    ranked = source.with_name("rescored.onnx")
+    onnx.save(model, str(ranked), save_as_external_data=True, location=f"{ranked.stem}.data")
+    del model
     with _quiet_root():
         quantize_dynamic(
-            source,
+            ranked,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=[f"{name}_MatMul" for name in floats],
+            # The quantiser renames products first.
+            nodes_to_exclude=[f"{name}_MatMul" for name in floats if name != rounded],
             per_channel=True,
             # Weights of 7 bits: CPUs without VNNI add pairs of 8 x 8 bit products in 16 bits, which saturate.
             reduce_range=True,
@@ -230,6 +235,9 @@ def require_modelopt() -> Any:
 def _modelopt(
     source: Path, target: Path, kind: str, graph: Graph, floats: list[str], batches: Iterator[dict[str, np.ndarray]]
 ) -> None:
+    import onnx_ir
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
     require_modelopt()(
         str(source),
         quantize_mode="fp8" if kind == "fp8-qdq" else "int8",
@@ -241,9 +249,17 @@ def _modelopt(
         nodes_to_exclude=[f"^{re.escape(name)}$" for name in floats],
         # Else it makes float16 of the rest by itself.
         high_precision_dtype=str(graph.core.dtype).replace("torch.float", "fp"),
+        # Weights as they are quantised, not as floats that a node quantises.
+        dq_only=True,
+        use_external_data_format=True,
         output_path=str(target),
-        log_level="ERROR",
+        # Of a machine without a GPU it says so as an error.
+        log_level="CRITICAL",
     )
+    # It stores a tensor once for each node that reads it.
+    model = onnx_ir.load(target)
+    DeduplicateHashedInitializersPass()(model)
+    onnx_ir.save(model, target, external_data=f"{target.stem}-once.data")
 
 
 def _reader(batches: Iterator[dict[str, np.ndarray]]) -> Any:
