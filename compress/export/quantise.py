@@ -187,9 +187,9 @@ def _dynamic(source: Path, target: Path, floats: list[str]) -> None:
             # The quantiser renames products first.
             nodes_to_exclude=[f"{name}_MatMul" for name in floats if name != rounded],
             per_channel=True,
-            # Weights of 7 bits: CPUs without VNNI add pairs of 8 x 8 bit products in 16 bits, which saturate.
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
+            # Unsigned: sums of signed weights saturate on CPUs without VNNI unless they are cut to 7 bits, and those
+            # round twice as coarsely.
+            weight_type=QuantType.QUInt8,
             use_external_data_format=True,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
         )
