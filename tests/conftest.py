@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -31,6 +33,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device that torch can use"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _language_patched_once() -> Iterator[None]:
+    """Where kernels are interpreted, put the interpreter's language in place once a launch: a third of a launch's time.
+
+    Triton lists and replaces all of `tl` at a launch, and again for every call inside the kernel.
+    """
+    from kernels import _runtime
+
+    if not _runtime.INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    # Its own names: where a version of Triton has others, tests only take longer.
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "_LangPatchScope"):
+        yield
+        return
+    tl, patch_lang = _runtime.tl, interpreter._patch_lang
+    # Kernels name the first, what they call of Triton's own library the second.
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def once(kernel: Any) -> Any:
+        return patch_lang(both) if tl.core.is_builtin(tl.load) else interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
 class ModelFactory(Protocol):
     """Builds a model of 40 items, width 16 and 2 heads; keywords override settings of `ModelConfig`."""
 
@@ -53,6 +84,12 @@ def make_tiny_model(*, seed: int = 0, **overrides: Any) -> SequenceModel:
 def tiny_model() -> ModelFactory:
     """A factory: ``tiny_model(timesteps=8, padding="masked")`` is a model of 40 items with random weights."""
     return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def shallow_model() -> ModelFactory:
+    """`tiny_model` with one block where it has two, for exports: each block and step is a second of tracing."""
+    return partial(make_tiny_model, encoder_blocks=1, denoiser_blocks=1)
 
 
 @pytest.fixture(scope="session")

@@ -146,8 +146,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def compile_everything(jobs: int) -> dict[str, Any]:
+def report(jobs: int) -> dict[str, Any]:
     """What a test process, in which kernels are interpreted, wants to know of the compiler; as JSON values."""
+    return {
+        "compiled": compile_everything(jobs),
+        "with a crash": compile_with_a_crash(),
+        "specialised": compare_with_launcher(),
+    }
+
+
+def compile_everything(jobs: int) -> dict[str, Any]:
+    """Every kernel compiled for sm_86 and sm_90, and the calls that told of progress."""
     cases = [
         Case(entry, name, shape, dtype)
         for entry in ENTRIES

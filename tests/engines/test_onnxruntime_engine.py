@@ -47,8 +47,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: ModelFactory) -> SequenceModel:
-    return tiny_model(lambda_uncertainty=1.0)
+def model(shallow_model: ModelFactory) -> SequenceModel:
+    return shallow_model(lambda_uncertainty=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_noticed(engine: OnnxRuntimeEngine, cache: Path) -> N
 
 
 def test_from_export_wants_the_same_model_and_what_the_folder_holds(
-    engine: OnnxRuntimeEngine, cache: Path, tiny_model: ModelFactory
+    engine: OnnxRuntimeEngine, cache: Path, shallow_model: ModelFactory
 ) -> None:
     (folder,) = (cache / engine.fingerprint[:32]).iterdir()
     loaded = OnnxRuntimeEngine.from_export(folder, engine.model, threads=1)
@@ -171,7 +171,7 @@ def test_from_export_wants_the_same_model_and_what_the_folder_holds(
     with pytest.raises(ConfigError, match="engine 'cached' reads no exported folder"):
         make_engine("cached", engine.model, folder)
     with pytest.raises(ExportError, match="was exported from another model"):
-        OnnxRuntimeEngine.from_export(folder, tiny_model(seed=1, lambda_uncertainty=1.0))
+        OnnxRuntimeEngine.from_export(folder, shallow_model(seed=1, lambda_uncertainty=1.0))
     with pytest.raises(ConfigError, match="holds no onnx request graph in fp16; it holds: fp32"):
         OnnxRuntimeEngine.from_export(folder, engine.model, precision="fp16")
     with pytest.raises(ConfigError, match="holds no fp32 graph for 5 steps; it holds: 2; export it with --steps 5"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from adrec.engines import exact_engines, make_engine
 from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel
 from adrec.noise import PhiloxNoise
-from adrec.verify import verify_file
 from kernels import _runtime, _score_topk_op
 from tests.engines.device_operations import DeviceOperations
 
@@ -45,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def model_of(factory: ModelFactory, **overrides: Any) -> SequenceModel:
-    settings = {"width": 32, "heads": 2, "max_length": 20, "timesteps": 6, "schedule": "sqrt"} | overrides
+    settings = {"width": 32, "heads": 2, "max_length": 20, "timesteps": 4, "schedule": "sqrt"} | overrides
     return factory(**settings).to(DEVICE)
 
 
@@ -62,7 +60,7 @@ def rms_ratio(actual: Tensor, expected: Tensor) -> float:
 def test_it_computes_what_cached_does(tiny_model: ModelFactory, variant: str) -> None:
     model = model_of(tiny_model, **VARIANTS[variant])
     histories = histories_of(LENGTHS)
-    steps = [1] if variant == "sasrec" else [1, 6]
+    steps = [1] if variant == "sasrec" else [1, 4]
     cached, fused = make_engine("cached", model), make_engine("triton", model)
     for count in steps:
         expected = cached.represent(histories, count, seed=3)
@@ -197,12 +195,6 @@ def test_where_no_kernel_runs_it_says_what_to_use(tiny_model: ModelFactory, monk
         make_engine("triton", model)
 
 
-@pytest.mark.parametrize(
-    "name", ["adrec_small", "adrec_lambda1", "adrec_seq_noise", "adrec_mlp", "adrec_geodesic", "sasrec_small"]
-)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="verification runs on CPU tensors, in the interpreter")
-def test_the_authors_values_come_out(golden_path: Callable[[str], Path], name: str) -> None:
-    checks = [check for check in verify_file(golden_path(f"{name}.npz")) if check.quantity.startswith("triton")]
-    assert len(checks) == 3
-    for check in checks:
-        assert check.difference <= 1e-4, check
+def test_it_is_held_to_the_authors_values_where_kernels_are_interpreted() -> None:
+    """By test_golden.py, which compares every exact engine on CPU tensors."""
+    assert ("triton" in exact_engines(torch.device("cpu"))) == _runtime.INTERPRETED

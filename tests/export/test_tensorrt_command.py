@@ -33,8 +33,8 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset) -> Path:
-    model = tiny_model(model="sasrec", positions="learned", max_length=20)
+def run(tmp_path: Path, shallow_model: Any, tiny_dataset: Dataset) -> Path:
+    model = shallow_model(model="sasrec", positions="learned", max_length=20)
     save_run(tmp_path / "run", RunConfig(model=model.config), model, tiny_dataset, "data", {})
     return tmp_path / "run"
 
@@ -60,11 +60,11 @@ def test_all_but_the_plan_is_written_and_the_status_is_3(run: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_eight_bits_are_a_precision_of_tensorrt(
-    tmp_path: Path, tiny_model: Any, tiny_dataset: Dataset, precision: str
+    tmp_path: Path, shallow_model: Any, tiny_dataset: Dataset, precision: str
 ) -> None:
     data, out = tmp_path / "data", tmp_path / "out"
     tiny_dataset.save(data)
-    model = tiny_model(model="sasrec", positions="learned", max_length=20)
+    model = shallow_model(model="sasrec", positions="learned", max_length=20)
     save_run(tmp_path / "run", RunConfig(model=model.config), model, tiny_dataset, str(data), {})
     # The same said twice is no contradiction.
     again = ("--int8", "qdq") if precision == "int8" else ("--fp8",)

@@ -52,19 +52,19 @@ class GraphRunner:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, shallow_model: Any) -> Path:
     out = tmp_path_factory.mktemp("export") / "out"
-    export_onnx(tiny_model(timesteps=32, max_length=9), out, ExportOptions(steps=(2,), k=5))
+    export_onnx(shallow_model(timesteps=32, max_length=9), out, ExportOptions(steps=(2,), k=5))
     return out
 
 
 @pytest.fixture
-def made(folder: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
+def made(folder: Path, shallow_model: Any, monkeypatch: pytest.MonkeyPatch) -> TensorRTEngine:
     monkeypatch.setattr(engine, "PlanRunner", GraphRunner)
     monkeypatch.setattr(engine, "find_plan", lambda graph, here: graph)
     monkeypatch.setattr(library, "load", lambda: StrictTensorRT("11_4"))
     monkeypatch.setattr(library, "this_platform", lambda module: HERE)
-    return TensorRTEngine(tiny_model(timesteps=32, max_length=9), folder=folder)
+    return TensorRTEngine(shallow_model(timesteps=32, max_length=9), folder=folder)
 
 
 def histories(batch: int) -> Jagged:
@@ -126,14 +126,14 @@ def test_histories_shorter_than_every_profile_are_padded(made: TensorRTEngine, f
 
 
 def test_by_name_it_exports_builds_and_keeps_a_plan(
-    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trt = standin("11_4")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(library, "load", lambda: trt)
     monkeypatch.setattr(library, "this_platform", lambda module: HERE)
     monkeypatch.setattr(engine, "PlanRunner", lambda plan: GraphRunner(plan.parent / f"{plan.name.split('.')[0]}.onnx"))
-    model, given = tiny_model(timesteps=32, max_length=9), histories(3)
+    model, given = shallow_model(timesteps=32, max_length=9), histories(3)
     for _ in range(2):
         found = make_engine("tensorrt", model).recommend(given, 4, 1)
         assert torch.equal(found.items, CachedEngine(model).recommend(given, 4, 1).items)
@@ -147,9 +147,9 @@ def test_by_name_it_exports_builds_and_keeps_a_plan(
 
 
 def test_where_it_cannot_run_the_error_says_what_to_do(
-    tiny_model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_model(timesteps=32, max_length=9)
+    model = shallow_model(timesteps=32, max_length=9)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     for name in ("tensorrt", "tensorrt-fp16"):
         with pytest.raises(
@@ -178,9 +178,9 @@ def test_steps_that_were_not_exported_are_refused(made: TensorRTEngine) -> None:
         made.recommend(histories(2), 4, 3)
 
 
-def test_a_folder_of_another_model_is_refused(made: TensorRTEngine, folder: Path, tiny_model: Any) -> None:
+def test_a_folder_of_another_model_is_refused(made: TensorRTEngine, folder: Path, shallow_model: Any) -> None:
     with pytest.raises(ExportError, match="was exported from another model"):
-        TensorRTEngine(tiny_model(seed=1, timesteps=32, max_length=9), folder=folder)
+        TensorRTEngine(shallow_model(seed=1, timesteps=32, max_length=9), folder=folder)
     with pytest.raises(ConfigError, match="holds no onnx request graph in fp16; it holds: fp32"):
         TensorRTEngine.from_export(folder, made.model, precision="fp16")
     with pytest.raises(ExportError, match=r"holds no export.json"):

@@ -148,9 +148,11 @@ def test_an_exported_file_runs_on_onnxruntime_and_is_the_same(tiny_model: Any, t
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_scoring_by_the_functions_is_that_of_the_plain_graph(tiny_model: Any, tmp_path: Path, precision: str) -> None:
+def test_scoring_by_the_functions_is_that_of_the_plain_graph(
+    shallow_model: Any, tmp_path: Path, precision: str
+) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = tiny_model(model="sasrec", positions="learned", max_length=9)
+    model = shallow_model(model="sasrec", positions="learned", max_length=9)
     found = []
     for plugins in (False, True):
         out = tmp_path / str(plugins)

@@ -25,20 +25,21 @@ TESTS = Path(__file__).resolve().parents[1]
 needs_triton = pytest.mark.skipif(not _runtime.AVAILABLE, reason="Triton is not installed")
 
 
-def natively(expression: str) -> Any:
-    """Value of an expression over `toy_kernels` in a process where kernels are compiled, through JSON."""
-    script = f"import json, toy_kernels; print(json.dumps(toy_kernels.{expression}))"
+@pytest.fixture(scope="module")
+def native() -> dict[str, Any]:
+    """What `toy_kernels.report` finds in a process where kernels are compiled, through JSON."""
+    script = "import json, toy_kernels; print(json.dumps(toy_kernels.report(jobs=2)))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+def compiled(native: dict[str, Any]) -> list[dict[str, Any]]:
     """Every toy compiled for sm_86 and sm_90 by two processes."""
-    found = natively("compile_everything(jobs=2)")
+    found = native["compiled"]
     done, total, _ = found["progress"][-1]
     assert done == total == len(found["progress"])
     return list(found["rows"])
@@ -104,16 +105,16 @@ def test_what_does_not_compile_or_run_is_a_row_with_its_error(compiled: list[dic
 
 
 @needs_triton
-def test_arguments_are_specialised_as_the_launcher_does() -> None:
-    found = natively("compare_with_launcher()")
+def test_arguments_are_specialised_as_the_launcher_does(native: dict[str, Any]) -> None:
+    found = native["specialised"]
     assert len(found) > 40
     for value, ours, theirs in found:
         assert ours == theirs, value
 
 
 @needs_triton
-def test_a_compiler_that_crashes_takes_only_its_own_kernel_along() -> None:
-    assert natively("compile_with_a_crash()") == ["the compiler crashed", "compiled"]
+def test_a_compiler_that_crashes_takes_only_its_own_kernel_along(native: dict[str, Any]) -> None:
+    assert native["with a crash"] == ["the compiler crashed", "compiled"]
 
 
 def test_where_nothing_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,10 +114,10 @@ def test_nan_and_infinities(kernel_device: torch.device) -> None:
     assert items.tolist() == [[0] * 9]
 
 
-def test_every_k_cuts_a_run_of_ties_by_id(kernel_device: torch.device) -> None:
+def test_any_k_cuts_a_run_of_ties_by_id(kernel_device: torch.device) -> None:
     """Keys of neighbours then differ by 1, the least that the search for the k-th key must tell apart."""
     values = with_scores(torch.ones(40), kernel_device)
-    for k in range(1, 42):
+    for k in (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 39, 40, 41):
         items, _ = score_topk(k=k, **values)
         assert items.tolist() == [[*range(1, min(k, 40) + 1), *[0] * (k - 40)]]
 
