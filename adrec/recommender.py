@@ -17,7 +17,7 @@ from adrec.config import ServingConfig
 from adrec.data.item_index import ItemIndex
 from adrec.data.jagged import Jagged
 from adrec.devices import check_device
-from adrec.engines import Engine, make_engine
+from adrec.engines import Engine, check_engine, make_engine
 from adrec.errors import AdrecError, ConfigError, nearest
 from adrec.respacing import Steps
 from kernels.philox import ROW_KEYS
@@ -55,16 +55,23 @@ class Recommender:
 
     @classmethod
     def load(
-        cls, run: str | Path, engine: str = "cached", device: str = "cpu", exported: str | Path | None = None
+        cls,
+        run: str | Path,
+        engine: str = "cached",
+        device: str = "cpu",
+        exported: str | Path | None = None,
+        provider: str | None = None,
     ) -> Recommender:
         """Load a run folder; raises RunError when it is not one, ConfigError for an unknown engine or device.
 
-        exported: folder of `adrec export RUN`, for engines that read one; without it they make what they need. Raises
-        NotSupportedError where the engine cannot run here or cannot sample as the run's settings say.
+        exported: folder of `adrec export RUN`, for engines that read one; without it they make what they need.
+        provider: ONNX Runtime's ``cpu``, ``cuda`` or ``tensorrt`` (None: that of the device). Raises NotSupportedError
+        where the engine cannot run here or cannot sample as the run's settings say.
         """
         check_device(device)
+        check_engine(engine, provider)
         loaded = load_run(run, device)
-        made = make_engine(engine, loaded.model, None if exported is None else Path(exported))
+        made = make_engine(engine, loaded.model, None if exported is None else Path(exported), provider)
         recommender = cls(loaded, made)
         recommender.engine.table(loaded.settings.serving or 1)
         return recommender

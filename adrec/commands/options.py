@@ -38,6 +38,13 @@ def chosen(text: str, option: str, allowed: Sequence[str]) -> list[str]:
     return names
 
 
+def choice(value: str, allowed: Sequence[str], option: str) -> str:
+    """A name out of those allowed; raises ConfigError with the nearest one for another."""
+    if value not in allowed:
+        raise ConfigError(f"{option} is '{value}'{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
+    return value
+
+
 def section(values: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     """The section ``name`` of nested settings, made when missing or empty; raises ConfigError when it is a value."""
     found = values.get(name)

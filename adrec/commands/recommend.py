@@ -34,6 +34,9 @@ def recommend(
         Path | None, typer.Option(help="Folder of `adrec export`, for onnxruntime, tensorrt and aotinductor.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    provider: Annotated[
+        str | None, typer.Option(help="ONNX Runtime's: cpu, cuda or tensorrt (default: that of --device).")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Users at a time.")] = 512,
 ) -> None:
     """Recommend for every user of a file, streaming; the output appears only when it is complete.
@@ -53,7 +56,7 @@ def recommend(
     file_format(out, "--out")
     check_output(out, "--out", inputs=[source])
     file_format(source, "--input")
-    recommender = Recommender.load(run, engine, device, exported)
+    recommender = Recommender.load(run, engine, device, exported, provider)
     options: dict[str, Any] = {
         "steps": steps or "run",
         "seed": seed,

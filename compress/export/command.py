@@ -1,9 +1,8 @@
-"""`adrec export`: a run as files of another runtime, their linter, and their comparison with the run."""
+"""`adrec export`: a run as files of another runtime, and their linter."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,13 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from adrec.commands.options import integers
-from adrec.errors import ConfigError, nearest
+from adrec.commands.options import choice, integers
+from adrec.errors import ConfigError
+from compress.export.verify_command import verify
 
 if TYPE_CHECKING:
     from adrec.checkpoint import Run
-    from adrec.data.dataset import Examples
-    from compress.export.comparison import Pair
 
 TARGETS = ("onnx", "tensorrt", "aotinductor")
 INT8 = ("dynamic", "qdq")
@@ -68,6 +66,7 @@ def export(
     split: Annotated[bool, typer.Option("--split", help="Also the request in three: encode, denoise, score.")] = False,
     table: Annotated[str, typer.Option(help="Item table: inside, input, or outside (with --split).")] = "inside",
     k: Annotated[int, typer.Option(min=1, help="Items in a list.")] = 20,
+    device: Annotated[str, typer.Option(help="AOTInductor: what it compiles for, cpu, cuda or cuda:N.")] = "cpu",
     baseline: Annotated[bool, typer.Option("--baseline", help="Export the SASRec+ of stage 1 instead.")] = False,
     data: Annotated[Path | None, typer.Option(help="Data to calibrate with; default: the run's own.")] = None,
     calibration_users: Annotated[int, typer.Option(min=1, help="Histories to calibrate with.")] = 256,
@@ -98,14 +97,15 @@ def export(
     Exit status 2 for bad input, 3 where all but the TensorRT plan could be written.
     """
     from adrec.checkpoint import load_run
+    from adrec.devices import check_device
     from compress.export.folder import check_folder
     from compress.export.manifest import Origin
     from compress.export.onnx_export import INLINE_LIMIT, ExportOptions, export_onnx
 
-    _choose(to, TARGETS, "--to")
-    _choose(table, ("inside", "input", "outside"), "--table")
-    _choose(quantiser, ("onnxruntime", "modelopt"), "--quantiser")
-    kinds = [_choose(each.strip(), INT8, "--int8") for each in int8.split(",")] if int8 is not None else []
+    choice(to, TARGETS, "--to")
+    choice(table, ("inside", "input", "outside"), "--table")
+    choice(quantiser, ("onnxruntime", "modelopt"), "--quantiser")
+    kinds = [choice(each.strip(), INT8, "--int8") for each in int8.split(",")] if int8 is not None else []
     quantised = [f"int8-{kind}" for kind in kinds] + (["fp8-qdq"] if fp8 else [])
     floats, quantised = _precisions(precision, quantised, to)
     calibrated = [name for name in quantised if name.endswith("qdq")]
@@ -124,6 +124,9 @@ def export(
     }
     if to != "tensorrt":
         _refuse_builder_options(asked, to)
+    if to != "aotinductor" and device != "cpu":
+        raise ConfigError(f"--device is for --to aotinductor; --to is '{to}'")
+    compiled_for = check_device(device)
     if (to == "tensorrt") != bool(profile):
         raise ConfigError(
             "--to tensorrt needs --profile, at least one, such as batch=1:1:1,length=1:8:50"
@@ -173,7 +176,9 @@ def export(
     if to == "aotinductor":
         from compress.export.aotinductor import export_aotinductor
 
-        export_aotinductor(source.model, out, options, origin=origin, overwrite=overwrite, report=say)
+        export_aotinductor(
+            source.model, out, options, origin=origin, device=compiled_for, overwrite=overwrite, report=say
+        )
         return
     manifest = export_onnx(source.model, out, options, origin=origin, overwrite=overwrite, report=say)
     say(f"{len(manifest.graphs)} graphs in {out}; `adrec export verify {out} --against {run}` compares them")
@@ -217,107 +222,6 @@ def lint_files(
         raise typer.Exit(1)
 
 
-def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder written by `adrec export`.", show_default=False)],
-    against: Annotated[Path, typer.Option(help="The run it came from.")],
-    data: Annotated[Path | None, typer.Option(help="Data set; default: the one the run was trained on.")] = None,
-    users: Annotated[int | None, typer.Option(min=1, help="Compare on a random sample of so many users.")] = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
-    providers: Annotated[
-        str | None,
-        typer.Option(
-            help="ONNX Runtime's: cpu, cuda, tensorrt, with commas, and no plans; default: those installed, and plans."
-        ),
-    ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Users at a time; all go through the largest.")] = "1,2,33,512",
-    save: Annotated[
-        Path | None, typer.Option(help="Also save inputs, outputs and a script there that compares them on a GPU.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write every pair to this file.")] = None,
-) -> None:
-    """Compare exported graphs with the run they came from, on the same histories and noise.
-
-    Exit status 1 where a graph is beyond the bound of its precision: scores to 1e-5 and the same lists up to ties
-    (fp32), scores to 1e-2 and overlap .995 (fp16), 99.5 % of NDCG@20 (int8, fp8).
-    """
-    from adrec.checkpoint import load_run
-    from adrec.engines.exported import load_manifest
-    from adrec.environment import printable_command, read_environment, utc_now
-    from adrec.files import check_output, write_text
-    from compress.export.manifest import stored_formats
-    from compress.export.replay import check_replay, save_for_replay
-    from compress.export.verify import run_of, verify_export
-
-    _choose(split, ("validation", "test"), "--split")
-    if output is not None:
-        check_output(output, "--json")
-    if save is not None:
-        check_replay(folder, save)
-    source = load_run(against)
-    held = run_of(load_manifest(folder), source, folder)
-    examples = _examples(source, data, split, users)
-    console = Console(soft_wrap=True)
-    pairs = verify_export(
-        folder,
-        source,
-        examples,
-        providers=None if providers is None else [each.strip() for each in providers.split(",")],
-        batch_sizes=integers(batch_sizes, "--batch-sizes", 1, 2**20),
-        report=lambda pair: console.print(_line(pair), markup=False, highlight=False),
-    )
-    if formats := stored_formats(held.model):
-        console.print(
-            f"held to the numbers that the run stores ({', '.join(formats)}) in float32, not to what a dynamic format"
-            " rounds of activations",
-            markup=False,
-            highlight=False,
-        )
-    if output is not None:
-        content = {
-            "command": printable_command(sys.argv),
-            "measured_at_utc": utc_now(),
-            "environment": read_environment().model_dump(mode="json"),
-            "model_fingerprint": held.fingerprint,
-            "dataset": held.info.dataset_name,
-            "dataset_fingerprint": held.dataset_fingerprint,
-            "split": split,
-            "pairs": [pair.model_dump(mode="json") for pair in pairs],
-        }
-        write_text(output, json.dumps(content, indent=2) + "\n")
-    if save is not None:
-        saved = save_for_replay(folder, source, examples.histories, save)
-        for each in saved:
-            console.print(f"saved {each.inputs} and {each.outputs.name}", markup=False, highlight=False)
-        if saved:
-            said = (
-                f"{save / 'replay.sh'} repeats them with TensorRT and Polygraphy (copy {folder} and {save} there); it"
-                " compares lists up to ties, and scores to a tolerance where they are float32, and leaves Polygraphy's"
-                " report of each graph beside them"
-            )
-            console.print(said, markup=False, highlight=False)
-        else:
-            console.print(f"{folder} holds no request graph that TensorRT reads, so nothing was saved", markup=False)
-    if any(pair.faults for pair in pairs):
-        raise typer.Exit(1)
-
-
-def _line(pair: Pair) -> str:
-    value, low, high = pair.hr_difference
-    kept = "-" if pair.ndcg_kept is None else "{:.2f} % [{:.2f}, {:.2f}]".format(*pair.ndcg_kept)
-    steps = "" if pair.steps is None else f", {pair.steps} steps"
-    return (
-        f"{pair.graph}, {pair.runtime}{steps}: score error {pair.score_error:.1e}, tie tolerance needed"
-        f" {pair.tie_tolerance:.1e}, overlap {pair.overlap:.4f}, HR@20 {value:+.2f} [{low:+.2f}, {high:+.2f}], NDCG@20"
-        f" kept {kept}, {pair.users} users: {'; '.join(pair.faults) or 'ok'}"
-    )
-
-
-def _choose(value: str, allowed: tuple[str, ...], option: str) -> str:
-    if value not in allowed:
-        raise ConfigError(f"{option} is '{value}'{nearest(value, allowed)}; allowed: {', '.join(allowed)}")
-    return value
-
-
 def _refuse_builder_options(asked: dict[str, Any], to: str) -> None:
     from compress.export.tensorrt.options import BuildOptions
 
@@ -329,7 +233,7 @@ def _refuse_builder_options(asked: dict[str, Any], to: str) -> None:
 def _precisions(precision: str, quantised: list[str], to: str) -> tuple[Literal["fp32", "fp16"], list[str]]:
     """Precision of the float graphs, and the quantised variants that all options together ask for."""
     if precision not in _EIGHT_BITS:
-        _choose(precision, ("fp32", "fp16", *_EIGHT_BITS), "--precision")
+        choice(precision, ("fp32", "fp16", *_EIGHT_BITS), "--precision")
         return ("fp16" if precision == "fp16" else "fp32"), quantised
     if to != "tensorrt":
         raise ConfigError(
@@ -374,20 +278,6 @@ def _calibration(source: Run, data: Path | None, users: int) -> Any:
     known = (sequences.lengths > 0).nonzero().squeeze(1).numpy()
     picked = np.random.default_rng(0).permutation(known)[:users]
     return sequences.select(torch.from_numpy(np.sort(picked)))
-
-
-def _examples(source: Run, data: Path | None, split: str, users: int | None) -> Examples:
-    import numpy as np
-    import torch
-
-    from adrec.data.dataset import Examples
-    from adrec.data.of_run import open_data
-
-    examples = open_data(source, data).examples("test" if split == "test" else "validation")
-    if users is None or users >= len(examples):
-        return examples
-    rows = torch.from_numpy(np.sort(np.random.default_rng(0).permutation(len(examples))[:users]))
-    return Examples(examples.histories.select(rows), examples.targets[rows], examples.users[rows])
 
 
 def _sizes(profile: list[str] | None) -> dict[str, tuple[int, int]] | None:

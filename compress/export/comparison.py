@@ -69,6 +69,18 @@ class Pair(StrictModel):
             found.append(f"keeps {self.ndcg_kept[0]:.2f} % of NDCG@20, allowed from {100.0 - MOST_LOSS_PERCENT} %")
         return found
 
+    @property
+    def verdict(self) -> str:
+        """`faults` or ok, and where the value decides though its interval is too wide to tell."""
+        said, least = "; ".join(self.faults) or "ok", 100.0 - MOST_LOSS_PERCENT
+        if (
+            self.precision in ("fp32", "fp16")
+            or self.ndcg_kept is None
+            or not self.ndcg_kept[1] < least <= self.ndcg_kept[2]
+        ):
+            return said
+        return f"{said} by the value; the interval over {self.users} users is too wide to tell: compare on more"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -97,6 +109,7 @@ def compare(
         wanted = exact.represent(histories, candidate.steps, seed, row_keys=keys)
         best = exact.top_k(wanted, k)
         found = candidate.engine.recommend(histories, k, candidate.steps, seed, keys)
+        found = TopK(found.items.to(exact.device), found.scores.to(exact.device))
         if not bool(found.scores.isfinite().all()):
             raise ExportError(
                 f"{candidate.graph}, {candidate.runtime}: scores of a batch of {size} are not finite; export again, in"

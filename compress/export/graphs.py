@@ -63,7 +63,9 @@ class Graph(nn.Module):
             raise ConfigError(f"k is {plan.k}; allowed: 1 to {config.items}, the size of the catalogue")
         check_plan(plan, self.diffusion)
         if isinstance(source, ADRec) and plan.table is not None and plan.kind in ("request", "represent", "denoise"):
-            self.register_buffer("step_times", core.embedded_times(source, plan.table.time.to(source.table.device)))
+            times = plan.table.time.to(source.table.device)
+            # The model may be on a GPU; what is traced is on the CPU.
+            self.register_buffer("step_times", core.embedded_times(source, times).cpu())
         self.inputs = self._inputs()
         self.outputs = self._outputs()
 

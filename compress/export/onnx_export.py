@@ -39,6 +39,8 @@ from compress.export.request import RequestGraph
 OPSET = 20
 # A protobuf message ends at 2 GiB; the graph itself needs some of it.
 INLINE_LIMIT = 2**31 - 2**24
+# ONNX Runtime's quantiser copies a transposed weight as one message.
+LARGEST_QUANTISED = 2**31 - 2**10
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,10 @@ def export_onnx(
 
 
 def check_plans(model: SequenceModel, options: ExportOptions) -> None:
-    """Raise ConfigError for steps or k that the model has not, NotSupportedError for steps that stop early."""
+    """Raise ConfigError for steps or k that the model has not, NotSupportedError for what no graph can hold.
+
+    That are steps that stop early, and tables that are too large for dynamic int8.
+    """
     if not isinstance(model, ADRec) and any(plan not in (None, 1) for plan in options.steps):
         raise ConfigError(f"steps are {list(options.steps)}, but a '{model.config.model}' model has no reverse steps")
     for steps in options.steps:
@@ -202,6 +207,12 @@ def check_plans(model: SequenceModel, options: ExportOptions) -> None:
                 raise NotSupportedError(
                     "a graph runs the same steps for every user: export settings without early_stop"
                 )
+    table_bytes = 4 * (model.config.items + 1) * model.config.width
+    if "int8-dynamic" in options.quantised and options.catalogue == "inside" and table_bytes > LARGEST_QUANTISED:
+        raise NotSupportedError(
+            f"the item table has {table_bytes / 2**30:.2f} GiB in float32, and ONNX Runtime's quantiser takes less than"
+            " 2 GiB; leave --int8 dynamic out, or hold the table outside of the graph with --table input"
+        )
     if not 1 <= options.k <= model.config.items:
         raise ConfigError(f"k is {options.k}; allowed: 1 to {model.config.items}, the size of the catalogue")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from adrec.checkpoint import Run
 from adrec.data.dataset import Examples
+from adrec.devices import check_device
 from adrec.engines import CachedEngine, tensorrt
-from adrec.engines.aotinductor import AotInductorEngine
+from adrec.engines.aotinductor import AotInductorEngine, package_target
 from adrec.engines.exported import ExportError, GraphFile, Manifest, load_manifest
 from adrec.engines.onnxruntime import PROVIDERS, OnnxRuntimeEngine, load_onnxruntime
 from adrec.engines.tensorrt.engine import tensorrt_engines
@@ -69,15 +71,18 @@ def candidates(folder: Path, manifest: Manifest, run: Run, providers: Sequence[s
     """
     packages = [graph for graph in manifest.graphs if graph.format == "aotinductor"]
     if packages:
+        device, _ = package_target(folder / packages[0].file)
         for name in providers or ():
-            if name != "cpu":
+            if name != device:
                 raise ConfigError(
-                    f"provider is '{name}'{nearest(name, PROVIDERS)}; allowed: cpu, where packages of AOTInductor run"
+                    f"provider is '{name}'{nearest(name, PROVIDERS)}; allowed: {device}, which AOTInductor compiled"
+                    f" {packages[0].file} for"
                 )
+        model = copy.deepcopy(run.model).to(check_device(device))
         return [
             Candidate(
-                "aotinductor cpu", graph.file, graph.precision, graph.plan,
-                AotInductorEngine.from_export(folder, run.model, precision=graph.precision, only=graph.file),
+                f"aotinductor {device}", graph.file, graph.precision, graph.plan,
+                AotInductorEngine.from_export(folder, model, precision=graph.precision, only=graph.file),
             )
             for graph in packages
         ]  # fmt: skip

@@ -6,19 +6,25 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from adrec.data.jagged import Jagged
 from adrec.engines import AotInductorEngine, CachedEngine
+from adrec.engines.aotinductor import check_package, package_target
 from adrec.engines.exported import ExportError, load_manifest
 from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
-from compress.export.aotinductor import export_aotinductor
+from adrec.respacing import sampling_table
+from compress.export.aotinductor import export_aotinductor, trace
+from compress.export.graphs import Graph, GraphPlan
 from compress.export.onnx_export import ExportOptions
+from compress.export.request import RequestGraph
 
 ITEMS, WIDTH, TOLERANCE = 40, 16, 1e-5
 ModelFactory = Callable[..., SequenceModel]
@@ -53,6 +59,7 @@ def test_a_package_gives_the_lists_of_cached(tmp_path: Path, tiny_model: ModelFa
         torch.testing.assert_close(engine.represent(histories, 1, seed=3), wanted, rtol=0, atol=TOLERANCE)
     # Another program loads it without a line of this project.
     package = tmp_path / "export" / graph.file
+    assert package_target(package) == ("cpu", "")
     alone = subprocess.run(
         [sys.executable, "-c", ALONE, str(package)], capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -73,3 +80,47 @@ def test_a_foreign_package_is_an_error(tmp_path: Path, tiny_model: ModelFactory)
     path.write_bytes(b"no package")
     with pytest.raises(ExportError, match=r"foreign\.pt2: torch cannot load the package"):
         AotInductorEngine(tiny_model()).open(path)
+
+
+def package_for(path: Path, **metadata: str) -> Path:
+    """A package that says what it is for, and holds no code."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{path.stem}/data/aotinductor/model/a.wrapper.cpp", "")
+        file.writestr(f"{path.stem}/data/aotinductor/model/a.wrapper_metadata.json", json.dumps(metadata))
+    return path
+
+
+def test_a_package_of_another_device_is_refused_before_it_is_loaded(
+    tmp_path: Path, tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = package_for(tmp_path / "gpu.pt2", AOTI_DEVICE_KEY="cuda", AOTI_COMPUTE_CAPABILITY="90")
+    assert package_target(path) == ("cuda", "90")
+    with pytest.raises(
+        ExportError,
+        match=r"gpu\.pt2: was compiled for 'cuda', but the model is on 'cpu'; load it on 'cuda', or export again with"
+        " --device cpu",
+    ):
+        AotInductorEngine(tiny_model()).open(path)
+    device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: (12, 0) if asked == device else None)
+    with pytest.raises(ExportError, match=r"compute capability 90, but 'cuda:1' has 120; export again on this GPU"):
+        check_package(path, device)
+    check_package(package_for(tmp_path / "fits.pt2", AOTI_DEVICE_KEY="cuda", AOTI_COMPUTE_CAPABILITY="120"), device)
+    with pytest.raises(ExportError, match=r"cpu\.pt2: was compiled for 'cpu', but the model is on 'cuda:1'"):
+        check_package(package_for(tmp_path / "cpu.pt2", AOTI_DEVICE_KEY="cpu"), device)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"positions": "released"}, {"padding": "masked", "positions": "learned", "geodesic": True}]
+)
+def test_a_program_for_another_device_leaves_nothing_on_the_cpu(
+    tiny_model: ModelFactory, settings: dict[str, Any]
+) -> None:
+    model = tiny_model(encoder_blocks=1, guidance_scale=2.0, condition_dropout=0.3, **settings)
+    graph = Graph(RequestGraph(model), GraphPlan("request", sampling_table(model.betas, 2), k=10), model)
+    program = trace(graph, "meta")
+    held = [*program.state_dict.values(), *(each for each in program.constants.values() if torch.is_tensor(each))]
+    assert {each.device.type for each in held} == {"meta"}
+    # An operator refuses tensors of two devices.
+    found = program.module()(*(tensor.to("meta") for tensor in graph.example()))
+    assert [tuple(each.shape) for each in found] == [(3, 10), (3, 10), (3, WIDTH)]

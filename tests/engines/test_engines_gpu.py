@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines import OnnxRuntimeEngine, make_engine
+from adrec.engines import AotInductorEngine, OnnxRuntimeEngine, make_engine
+from adrec.engines.aotinductor import compute_capability, package_target
+from adrec.engines.exported import ExportError
 from adrec.models import SequenceModel
 from kernels import philox
 
@@ -54,6 +57,26 @@ def test_onnxruntime_waits_for_what_another_stream_writes(
         with torch.cuda.stream(stream):
             found = engine.represent(histories(), steps=2)
         torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0.0)
+
+
+def test_a_package_is_compiled_for_the_gpu_of_its_model(
+    tiny_model: ModelFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not AotInductorEngine.runs_on(torch.device("cuda")):
+        pytest.skip("needs Triton")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny_model(max_length=50, timesteps=32, lambda_uncertainty=1.0)
+    expected = make_engine("reference", model).represent(histories(), steps=2)
+    engine = make_engine("aotinductor", copy.deepcopy(model).to("cuda"))
+    for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            found = engine.represent(histories(), steps=2)
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=0.0)
+    (package,) = tmp_path.rglob("*.pt2")
+    assert package_target(package) == ("cuda", compute_capability(engine.device))
+    with pytest.raises(ExportError, match="was compiled for 'cuda', but the model is on 'cpu'"):
+        AotInductorEngine.from_export(package.parent, model).represent(histories(), steps=2)
 
 
 def test_noise_is_the_same_on_both_devices() -> None:

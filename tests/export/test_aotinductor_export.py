@@ -30,7 +30,10 @@ def test_what_a_package_would_drop_is_refused(tmp_path: Path, tiny_model: Any) -
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda", "cpi"])
-def test_packages_run_on_the_cpu_alone(tmp_path: Path, tiny_model: Any, name: str) -> None:
+def test_packages_run_on_the_device_they_were_compiled_for(
+    tmp_path: Path, tiny_model: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("compress.export.verify.package_target", lambda path: ("cpu", ""))
     package = GraphFile(
         file="request.pt2", format="aotinductor", kind="request", precision="fp32", sha256="0" * 64, inputs=(),
         outputs=(),

@@ -201,13 +201,11 @@ def test_quantised_operators_are_those_of_their_runtime(plain: Exported) -> None
 
 
 def test_dynamic_weights_use_eight_bits_and_no_sum_saturates(plain: Exported) -> None:
-    """Only the kernels of signed weights add pairs of products in 16 bits."""
     graph = onnx.load(plain.folder / "request-int8-dynamic-s3.onnx").graph
     weights = {node.input[1] for node in graph.node if node.op_type == "MatMulInteger"}
     stored = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.name in weights]
     assert len(stored) == len(weights) == 13 + 1
     assert {each.dtype for each in stored} == {np.dtype(np.uint8)}
-    # Of each output's weights the smallest and the largest, unless all have one sign.
     assert all(int(each.min()) == 0 and int(each.max()) == 255 for each in stored)
 
 

@@ -155,6 +155,7 @@ def test_recommend_from_the_trained_run(trained: tuple[Path, str], tmp_path: Pat
         (["--unknown", "rais"], "did you mean 'raise'"),
         (["--separator", ""], "--separator is empty"),
         (["--engine", "cache"], "did you mean 'cached'"),
+        (["--provider", "cuda"], "provider is 'cuda', but engine 'cached' has none; leave it out, or use engine 'onnx"),
     ],
 )
 def test_recommend_refuses(trained: tuple[Path, str], tmp_path: Path, options: list[str], message: str) -> None:

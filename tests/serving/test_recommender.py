@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from adrec import Recommender
 from adrec.data.dataset import Dataset
 from adrec.data.jagged import Jagged
-from adrec.errors import AdrecError, ConfigError, RunError
+from adrec.engines import OnnxRuntimeEngine
+from adrec.errors import AdrecError, ConfigError, NotSupportedError, RunError
 from adrec.recommender import Recommendation, UnknownItemError
 
 HISTORIES = [[1, 2, 3], [40], [5, 5, 5, 5], list(range(1, 36)), [17, 3], [1, 2, 3]]
@@ -74,6 +75,25 @@ def test_reference_engine_gives_the_same_lists(integer_run: Path, recommender: R
         Recommender.load(integer_run, engine="referense")
     with pytest.raises(RunError, match=r"run\.json is missing"):
         Recommender.load(integer_run.parent)
+
+
+def test_a_provider_is_there_before_anything_is_read(
+    integer_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    engine = Recommender.load(integer_run, engine="onnxruntime", provider="cpu").engine
+    assert isinstance(engine, OnnxRuntimeEngine)
+    assert engine.provider == "CPUExecutionProvider"
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    refused: list[tuple[str, str, type[AdrecError], str]] = [
+        ("onnxruntime", "cuda", NotSupportedError, "has no CUDAExecutionProvider, only CPUExecutionProvider"),
+        ("onnxruntime-int8", "tensorrt", NotSupportedError, "has no TensorrtExecutionProvider"),
+        ("onnxruntime", "cdua", ConfigError, "did you mean 'cuda'"),
+        ("cached", "cpu", ConfigError, "engine 'cached' has none; leave it out, or use engine 'onnxruntime'"),
+    ]
+    for name, provider, error, message in refused:
+        with pytest.raises(error, match=message):
+            Recommender.load(tmp_path / "no run", engine=name, provider=provider)
 
 
 def test_text_ids_give_the_same_lists_as_integers(recommender: Recommender, text_recommender: Recommender) -> None:
