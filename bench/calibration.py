@@ -106,7 +106,8 @@ def noise_of(runs: Sequence[RunMedians]) -> Noise:
 def measure_run(workload: Workload, protocol: TimingProtocol) -> RunMedians:
     """Time the workload against itself in this process."""
     from adrec.engines import make_engine
-    from bench.kernels.engine_sweep import RESULTS, random_histories, random_model
+    from bench.kernels.catalogues import random_histories, random_model
+    from bench.kernels.engine_sweep import RESULTS
 
     if workload.threads is not None:
         torch.set_num_threads(workload.threads)

@@ -23,7 +23,7 @@ def charts_of_kind(records: Sequence[AnyRecord]) -> list[Chart]:
     engines = [record for record in records if isinstance(record, EngineRecord)]
     compressed = [record for record in records if isinstance(record, CompressRecord)]
     trained = [record for record in records if isinstance(record, TrainingRecord)]
-    cells = sorted({(each.items, each.steps) for each in engines})
+    cells = sorted({(_data(each), each.items, each.steps) for each in engines})
     sizes = sorted({timing.batch_size_users for record in compressed for timing in record.timings})
     return [
         *(
@@ -31,7 +31,10 @@ def charts_of_kind(records: Sequence[AnyRecord]) -> list[Chart]:
             for axis in dict.fromkeys(e.axis for e in growing)
         ),
         *([_served(served)] if served else []),
-        *(_engines(*cell, [each for each in engines if (each.items, each.steps) == cell]) for cell in cells),
+        *(
+            _engines(*cell, [each for each in engines if (_data(each), each.items, each.steps) == cell])
+            for cell in cells
+        ),
         *(_compressed(size, compressed) for size in sizes),
         *([_trained(trained)] if trained else []),
     ]
@@ -83,7 +86,11 @@ def _served(records: Sequence[ServingRecord]) -> Chart:
     )
 
 
-def _engines(items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
+def _data(record: EngineRecord) -> str:
+    return f"{record.trained.dataset_name} {record.trained.dataset_fingerprint[:8]}" if record.trained else ""
+
+
+def _engines(data: str, items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
     lines = []
     for number, path in enumerate(dict.fromkeys(each.path for each in records)):
         points = sorted(
@@ -93,9 +100,11 @@ def _engines(items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
         )
         lines.append(_styled(path, number, [x for x, _ in points], [y for _, y in points]))
     return Chart(
-        key=f"engines-{items}-{steps}",
-        title=f"Time against batch, {items} items, {counted(steps, 'step')}",
-        note="Medians, random models: their lists mean nothing, their times do.",
+        key=f"engines-{f'{data[-8:]}-' if data else ''}{items}-{steps}",
+        title=f"Time against batch, {f'{data[:-9]}, ' if data else ''}{items} items, {counted(steps, 'step')}",
+        note="Medians, histories of test users."
+        if data
+        else "Medians, random models: their times alone mean anything.",
         x_title="users in a batch",
         y_title="median latency (ms)",
         lines=[line for line in lines if line.x],

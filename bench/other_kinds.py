@@ -17,7 +17,7 @@ from bench.compression.record import CompressRecord
 from bench.compression.slower import slower_sentences
 from bench.growth_table import growth_table
 from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
-from bench.kernels.records import CPU_NOTE, KernelRecord
+from bench.kernels.records import CPU_NOTE, EngineRecord, KernelRecord
 from bench.kind_charts import charts_of_kind
 from bench.markdown import escaped, markdown_table
 from bench.page_parts import facts_box, figure_place, machine_facts
@@ -25,11 +25,14 @@ from bench.plotly_figures import plotly_figure
 from bench.profiling.page import HEADS, WORDS, charts_of, section_of, sentences, stage_cells, subtitle
 from bench.profiling.record import ProfileRecord
 from bench.recommendation import METRIC
+from bench.record import Accuracy, Estimate
 from bench.scaling.record import ScalingRecord
 
+METRICS = (METRIC, "HR@20")
+UNLEARNED = "Rows without data are of random models, which learned nothing: they have no accuracy."
 TITLES = {
     "kernel": "Kernels",
-    "engine": "Engines, random model",
+    "engine": "Engines",
     "serving": "Serving scenarios",
     "scaling": "Growth",
     "training": "Training speed",
@@ -74,7 +77,9 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
         title = f"{title} ({CPU_NOTE})"
     heads, rows = _table([row for record in records for row in rows_in(record)])
     machine = first.environment
-    slower = slower_sentences([record for record in records if isinstance(record, CompressRecord)])
+    said = slower_sentences([record for record in records if isinstance(record, CompressRecord)])
+    if any(isinstance(record, EngineRecord) and record.trained is None for record in records):
+        said = [UNLEARNED]
     growing = [record for record in records if isinstance(record, ScalingRecord)]
     fits = [("Fitted growth", f"fits-{index + 1}.csv", *growth_table(growing))] if growing else []
     tables = [*fits, (title, f"{first.kind}-{index + 1}.csv", heads, rows)]
@@ -82,7 +87,7 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
     parts = [
         "<section>",
         heading(2, anchor, title),
-        f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in slower)}</div>' if slower else "",
+        f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in said)}</div>' if said else "",
         f'<div class="charts">{places}</div>' if charts else "",
         *(sortable_table(name, label, heads, rows) for label, name, heads, rows in tables),
         heading(3, f"{anchor}-machine", "Machine"),
@@ -93,7 +98,7 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
     return Section(
         "\n".join(filter(None, parts)),
         {"all": [plotly_figure(chart) for chart in charts]},
-        "\n\n".join(filter(None, [f"## {title}", "\n".join(f"- {escaped(each)}" for each in slower), *texts])),
+        "\n\n".join(filter(None, [f"## {title}", "\n".join(f"- {escaped(each)}" for each in said), *texts])),
         title,
         charts,
     )
@@ -109,29 +114,51 @@ def _calibration(record: CalibrationRecord, index: int) -> Section:
 def _table(rows: Sequence[Row]) -> tuple[list[Head], list[TableRow]]:
     keys = list(dict.fromkeys(name for row in rows for name, _ in row.key))
     numeric = {key: all(_is_number(dict(row.key).get(key, "0")) for row in rows) for key in keys}
-    accurate = any(row.accuracy for row in rows)
+    accurate, related = any(row.accuracy for row in rows), any(row.ratio for row in rows)
     heads = [
         *(Head(key, numeric=numeric[key]) for key in keys),
         Head("median (ms)"),
         Head("p95 (ms)"),
         Head("rounds"),
-        *([Head(f"{METRIC} (%)", ends=True)] if accurate else []),
+        *([Head("time ratio to baseline", ends=True), Head("baseline", numeric=False)] if related else []),
+        *([Head(f"{name} (%)", ends=True) for name in METRICS] if accurate else []),
+        *([Head("users"), Head("accuracy measured with", numeric=False)] if accurate else []),
+        *([Head("engine agreement"), Head("top-20 overlap with exact")] if accurate else []),
         Head("error", numeric=False),
     ]
-    return heads, [_row(row, keys, accurate) for row in rows]
+    return heads, [_row(row, keys, accurate, related) for row in rows]
 
 
-def _row(row: Row, keys: Sequence[str], accurate: bool) -> TableRow:
+def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool) -> TableRow:
     found = dict(row.key)
     median = float(np.median(row.rounds_ms)) if row.rounds_ms else None
     cells = [Cell(found.get(key, ""), found.get(key)) for key in keys]
     cells += [_number(median), _number(row.tail_ms), Cell(str(len(row.rounds_ms) or ""), len(row.rounds_ms) or None)]
+    if related:
+        cells += [_interval(row.ratio, 4), Cell(row.baseline, row.baseline or None)]
     if accurate:
-        metric = row.accuracy.metrics_percent.get(METRIC) if row.accuracy else None
-        shown = "" if metric is None else f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
-        value, ends = (None, None) if metric is None else (metric.value, (metric.low, metric.high))
-        cells.append(Cell(shown, value, ends))
+        cells += _accuracy(row.accuracy)
     return TableRow([*cells, Cell(row.error or "", row.error, error=bool(row.error))])
+
+
+def _accuracy(accuracy: Accuracy | None) -> list[Cell]:
+    """Metrics with intervals, of whom and by what, and how far the row's engine agrees; dashes where there is none."""
+    if accuracy is None:
+        return [Cell("-", None)] * (len(METRICS) + 4)
+    return [
+        *(_interval(accuracy.metrics_percent.get(name), 2) for name in METRICS),
+        Cell(str(accuracy.users), accuracy.users),
+        Cell(accuracy.measured_with, accuracy.measured_with),
+        _number(accuracy.engine_agreement_fraction),
+        _number(accuracy.top20_overlap_fraction),
+    ]
+
+
+def _interval(found: Estimate | None, digits: int) -> Cell:
+    if found is None:
+        return Cell("", None)
+    shown = f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+    return Cell(shown, found.value, (found.low, found.high))
 
 
 def _number(value: float | None) -> Cell:

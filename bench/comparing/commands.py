@@ -43,7 +43,7 @@ def compare(
     from bench.comparing.rows import rows_of
     from bench.comparing.tables import console_table, markdown_of
 
-    limit, accuracy_limit = share(bound, "--bound"), share(accuracy_bound, "--accuracy-bound")
+    limit, accuracy_limit = share(bound, "--bound", 1000), share(accuracy_bound, "--accuracy-bound", 100)
     if markdown is not None:
         check_output(markdown, "--markdown", make_folder=True, inputs=[old, new, *filter(None, [calibration])])
     found = compare_rows(
@@ -120,13 +120,13 @@ def calibrate(
     console.print(f"record in {out}; use it with `adrec bench compare OLD NEW --calibration {out}`", markup=False)
 
 
-def share(text: str, option: str) -> float:
-    """Parse ``5%`` to 0.05; raises ConfigError for anything else."""
+def share(text: str, option: str, most_percent: float) -> float:
+    """Parse ``5%`` to 0.05; raises ConfigError for anything else, and for more than ``most_percent``."""
     number = text.strip().removesuffix("%")
     try:
         value = float(number)
     except ValueError:
         value = math.nan
-    if not text.strip().endswith("%") or not 0.0 <= value < 1000.0:
-        raise ConfigError(f"{option} {text}: expected a percentage of 0% or more, such as 5%")
+    if not text.strip().endswith("%") or not 0.0 <= value <= most_percent:
+        raise ConfigError(f"{option} {text}: expected a percentage from 0% to {most_percent:g}%, such as 5%")
     return value / 100.0

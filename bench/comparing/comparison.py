@@ -31,6 +31,8 @@ METRIC = "NDCG@20"
 BUSY_SHARE = 0.5
 # Above the load that a benchmark with a thread on every core leaves behind itself.
 OVERLOADED_SHARE = 1.5
+# Rounds and the slowest row of a group set how long a row is measured, to a factor well below this.
+UNEVEN = 3.0
 REGRESSIONS: tuple[Verdict, ...] = ("fails now", "slower")
 ORDER: tuple[Verdict, ...] = (
     "fails now",
@@ -145,7 +147,7 @@ def compare(
             f" ({calibration.workload}, {len(calibration.runs)} runs)"
         )
     pairs = [_pair(key, old[key], new[key], bound, spread, allow_busy_machine) for key in common]
-    notes += _drift_notes(pairs, bound) + _tail_notes(pairs) + _repeat_notes(old, new)
+    notes += _drift_notes(pairs, bound) + _tail_notes(pairs) + _count_notes(pairs) + _repeat_notes(old, new)
     return Comparison(
         pairs=sorted(pairs, key=lambda each: each.order),
         only_old=[key for key in old if key not in new],
@@ -276,6 +278,30 @@ def _tail_notes(pairs: Sequence[Pair]) -> list[str]:
         notes.append(
             "arrivals of some servers follow their throughput: intervals hold what other rates than before may change;"
             " --rate of `adrec bench serving` fixes them"
+        )
+    return notes
+
+
+def _count_notes(pairs: Sequence[Pair]) -> list[str]:
+    """Where the two measurements of a row are not alike: one far shorter, or accuracies of other users."""
+    notes = []
+    uneven = [
+        (max(ratio, 1.0 / ratio), each)
+        for each in pairs
+        if each.old.measured_ms and each.new.measured_ms and (ratio := each.new.measured_ms / each.old.measured_ms)
+    ]
+    if far := [(factor, each) for factor, each in uneven if factor > UNEVEN]:
+        factor, most = max(far, key=lambda found: found[0])
+        notes.append(
+            f"{len(far)} rows were measured far longer in one file than in the other, most of all {label(most.key)}"
+            f" ({most.old.calls} calls before, {most.new.calls} now, {factor:.2g} times as long in all): the shorter"
+            " measurement tells less; measure both with the same seconds and queries"
+        )
+    others = [each for each in pairs if each.accuracy and each.old.users != each.new.users]
+    if others and (old := others[0].old.accuracy) and (new := others[0].new.accuracy):
+        notes.append(
+            f"accuracies of {len(others)} rows are of other users ({old.users} before, {new.users} now), so that they"
+            " are not compared user by user; evaluate both with the same --users"
         )
     return notes
 

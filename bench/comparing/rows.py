@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import singledispatch
@@ -15,7 +16,7 @@ from bench.compression.record import CompressRecord
 from bench.kernels.records import CPU_NOTE, EngineRecord, KernelRecord, Measured, Measuring, PathTiming
 from bench.latency_blocks import LatencyBlocks
 from bench.profiling.record import ProfileRecord
-from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord
+from bench.record import Accuracy, Estimate, MeasuringProtocol, TradeoffRecord
 from bench.scaling.record import ScalingRecord
 from bench.serving.records import ServingDemand, ServingRecord
 from bench.training_speed.record import TrainingRecord
@@ -39,6 +40,8 @@ class Row:
     ``tail_ms``: p95. ``users``: what must be equal for two accuracies to be of the same users. ``weights``: fingerprint
     of the model. ``tail``: None where the record keeps no single calls. ``pressure``: by how much its logarithm is
     higher than another's, a higher load may account for as much of a latency's. ``times_measured``: in its file.
+    ``ratio``: of its time to that of ``baseline``, measured in turn with it. ``calls``: timed calls, queries or
+    optimiser steps.
     """
 
     key: Key
@@ -56,6 +59,14 @@ class Row:
     tail: Tail | None = None
     pressure: float = 0.0
     times_measured: int = 1
+    ratio: Estimate | None = None
+    baseline: str = ""
+    calls: int = 0
+
+    @property
+    def measured_ms(self) -> float:
+        """About how long its calls took together; 0 where nothing was timed or counted."""
+        return self.calls * statistics.median(self.rounds_ms) if self.rounds_ms else 0.0
 
 
 def rows_of(records: Iterable[AnyRecord]) -> dict[Key, Row]:
@@ -114,6 +125,7 @@ def _(record: TradeoffRecord) -> Row:
         users=(record.dataset_fingerprint, record.split, str(record.dataset_users)),
         weights=record.model_fingerprint,
         tail=Tail(95.0, timing.latencies) if timing and timing.latencies else None,
+        calls=timing.calls if timing else 0,
     )
 
 
@@ -146,6 +158,7 @@ def _(record: ServingRecord) -> Row:
         weights=record.model_fingerprint,
         tail=Tail(99.0, summary.latencies) if summary and summary.latencies else None,
         pressure=_pressure(demand),
+        calls=summary.queries if summary else 0,
     )
 
 
@@ -159,6 +172,7 @@ def _(record: KernelRecord) -> Row:
 
 @row_of.register
 def _(record: EngineRecord) -> Row:
+    trained = record.trained
     key = _key(
         path=record.path,
         steps=record.steps,
@@ -167,8 +181,14 @@ def _(record: EngineRecord) -> Row:
         width=record.width,
         tokens=record.history_tokens,
         precision=record.precision,
+        data=f"{trained.dataset_name} {trained.dataset_fingerprint[:12]}" if trained else None,
+        split=trained.split if trained else None,
     )
-    return _measured(record, key, record.timing, record.error)
+    row = _measured(record, key, record.timing, record.error)
+    if trained is None:
+        return row
+    users = (trained.dataset_fingerprint, trained.split, str(trained.users))
+    return replace(row, accuracy=record.accuracy, users=users, weights=record.weights)
 
 
 @row_of.register
@@ -187,6 +207,7 @@ def _(record: TrainingRecord) -> Row:
         rounds_ms=tuple(timing.window_medians_ms) if timing else (),
         tail_ms=timing.step_ms_p95 if timing else None,
         error=record.error,
+        calls=timing.steps if timing else 0,
     )
 
 
@@ -235,11 +256,12 @@ def _sizes(record: CompressRecord) -> Iterator[Row]:
             error=None if timing and accuracy else record.error,
             users=(record.dataset_fingerprint, record.split, str(accuracy.users if accuracy else 0)),
             weights=record.model_fingerprint,
+            calls=timing.calls if timing else 0,
         )
 
 
 def _measured(record: Measured | ScalingRecord, key: Key, timing: PathTiming | None, error: str | None) -> Row:
-    return _row(
+    row = _row(
         record,
         record.protocol,
         key=key,
@@ -247,6 +269,8 @@ def _measured(record: Measured | ScalingRecord, key: Key, timing: PathTiming | N
         tail_ms=timing.latency_us_p95 / 1e3 if timing else None,
         error=error,
     )
+    ratio = timing.time_ratio_to_baseline if timing else None
+    return replace(row, ratio=ratio, baseline=record.baseline if ratio else "", calls=timing.calls if timing else 0)
 
 
 def machine_differences(old: Row, new: Row) -> list[str]:
@@ -316,6 +340,7 @@ def _row(
     weights: str = "",
     tail: Tail | None = None,
     pressure: float = 0.0,
+    calls: int = 0,
 ) -> Row:
     """The row of a record, whose clock, device and threads ``measuring`` has."""
     return Row(
@@ -333,6 +358,7 @@ def _row(
         measured_at_utc=record.measured_at_utc,
         tail=tail,
         pressure=pressure,
+        calls=calls,
     )
 
 

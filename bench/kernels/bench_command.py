@@ -229,16 +229,17 @@ def _engine_sweep(
 ) -> Callable[..., Iterator[KernelsRecord]]:
     from adrec.commands.options import integers
     from adrec.errors import ConfigError
+    from bench.kernels.catalogues import RandomCatalogue
     from bench.kernels.engine_paths import check_paths, default_paths
     from bench.kernels.engine_sweep import Axes, EngineSweep
 
     if width % HEADS:
         raise ConfigError(f"--width {width}: allowed are multiples of {HEADS}, the heads of the random model")
+    counts, sizes = integers(steps, "--steps", 1, MOST_STEPS), integers(items, "--items", 1, MOST_ITEMS)
     axes = Axes(
         paths=default_paths(device) if paths is None else tuple(check_paths(paths)),
         batch_sizes=tuple(integers(batch_sizes, "--batch-sizes", 1, MOST_USERS)),
-        steps=tuple(integers(steps, "--steps", 1, MOST_STEPS)),
-        items=tuple(integers(items, "--items", 1, MOST_ITEMS)),
-        width=width,
+        steps=tuple(counts),
+        catalogues=tuple(RandomCatalogue(size, width, max(counts)) for size in sizes),
     )
     return lambda timer, report: EngineSweep(timer, axes).rows(report)

@@ -26,12 +26,11 @@ from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel
 from adrec.noise import ExplicitNoise, PhiloxNoise
 from bench.kernels.measure import capture
+from bench.kernels.records import BASELINE, COMPILED
 from bench.kernels.reference_paths import CompiledReferenceEngine, OnnxReferenceEngine
 from bench.kernels.selection import pick_all
 
-COMPILED, GRAPH, ONNX = "-compiled", "-graph", "-onnx"
-BASELINE = "sasrec-"
-"""Before the name of a path: SASRec+ of the same size in it."""
+GRAPH, ONNX = "-graph", "-onnx"
 PATHS = (
     *("triton", "triton-graph", "triton-bf16", "triton-bf16-graph"),
     *("reference", "cached", "cached-compiled", "cached-graph", "cached-compiled-graph"),
@@ -70,7 +69,7 @@ class CompiledCachedEngine(CachedEngine):
         self._step = torch.compile(PrefixCache.step, **options)
         # Unwrapped, because the compiler cannot slice a parameter in inference mode.
         score = partial(inspect.unwrap(CachedEngine.top_k), self)
-        self.top_k = torch.compile(score, **options)  # type: ignore[method-assign]
+        self.top_k = torch.no_grad()(torch.compile(score, **options))  # type: ignore[method-assign]
 
     def encode(self, histories: Jagged) -> CachedState:
         state = super().encode(histories)
@@ -150,7 +149,7 @@ def paths_here(engines: Sequence[str], device: torch.device) -> tuple[str, ...]:
     rivals = [f"{ReferenceEngine.name}{COMPILED}", f"{CachedEngine.name}{COMPILED}"]
     rivals += [f"{ReferenceEngine.name}{ONNX}"] if OnnxReferenceEngine.runs_on(device) else []
     rivals += [path for path in PATHS if path.endswith(GRAPH)] if device.type == "cuda" else []
-    return *engines, *rivals, *(f"{BASELINE}{name}" for name in engines if ENGINES[name].dtype == torch.float32)
+    return *engines, *rivals, *(f"{BASELINE}{name}" for name in engines)
 
 
 def engine_name(path: str) -> str:

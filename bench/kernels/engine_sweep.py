@@ -1,36 +1,32 @@
-"""Engines against each other, and SASRec+ in them, on random models of the paper's size.
+"""Engines against each other, and SASRec+ in them: on random models of the paper's size, or on a trained run.
 
-A row is a catalogue x batch x steps x path. The models learned nothing and have no accuracy: what stands beside a time
-is the overlap with the exact engine's lists.
+A row is a catalogue x batch x steps x path. Random models learned nothing and have no accuracy: what stands beside a
+time is the overlap with the exact engine's lists. A run's rows have the accuracy of its test users too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adrec.config import ModelConfig, TrainConfig
-from adrec.data.jagged import Jagged
 from adrec.engines import ENGINES, Engine
 from adrec.evaluation import top_overlap
-from adrec.models import build_model
-from adrec.models.base import WEIGHT_STD, SequenceModel
-from bench.kernels.engine_paths import BASELINE, GRAPH, Request, engine_name, path_calls, path_engine
+from bench.kernels.catalogues import Catalogue
+from bench.kernels.engine_paths import GRAPH, Request, engine_name, path_calls, path_engine
 from bench.kernels.measure import INPUTS, Timer, now_utc
-from bench.kernels.records import EngineRecord, PathTiming
+from bench.kernels.records import BASELINE, COMPILED, EngineRecord, PathTiming
 from bench.kernels.selection import dtype_name
+from bench.record import Accuracy
 from bench.timing import describe_error
 from kernels.inventory import Cost
 
 RESULTS = 20
-MEAN_LENGTH = 8
 GIBIBYTE = 2**30
 # Scores of a chunk, their sorted copies, and a batch of 4096 padded histories through one layer at a time.
 WORKSPACE_BYTES = 3 * GIBIBYTE // 2
@@ -45,66 +41,39 @@ class Axes:
     paths: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     steps: tuple[int, ...]
-    items: tuple[int, ...]
-    width: int = 128
+    catalogues: tuple[Catalogue, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineSweep:
-    """Measures engines; models a catalogue size, `INPUTS` batches in turn a batch size, noise of seed 0."""
+    """Measures engines; models a catalogue, `INPUTS` batches in turn a batch size, noise of seed 0."""
 
     timer: Timer
     axes: Axes
+    _made: tuple[Catalogue, dict[str, Engine | str]] | None = field(default=None, repr=False)
 
     def rows(self, report: Progress) -> Iterator[EngineRecord]:
         """Measure every cell; yield a row for each path, with its error where it failed."""
         axes = self.axes
-        cells = [(items, batch, steps) for items in axes.items for batch in axes.batch_sizes for steps in axes.steps]
-        for cell in cells:
-            report(_stage(*cell), 0.0, len(axes.paths) * self.timer.protocol.seconds)
-        for items in axes.items:
-            engines = self._engines(items)
-            for batch in axes.batch_sizes:
-                batches = [random_histories(batch, items, variant) for variant in range(INPUTS)]
-                for steps in axes.steps:
-                    cell_report = partial(report, _stage(items, batch, steps))
-                    requests = [Request(histories, steps, min(RESULTS, items)) for histories in batches]
-                    yield from self._cell(engines, requests, items, cell_report)
-            del engines
-            if self.timer.device.type == "cuda":
-                torch.cuda.empty_cache()
+        cells = [(each, batch, steps) for each in axes.catalogues for batch in axes.batch_sizes for steps in axes.steps]
+        for catalogue, batch, steps in cells:
+            report(cell_name(catalogue, batch, steps), 0.0, len(axes.paths) * self.timer.protocol.seconds)
+        for catalogue, batch, steps in cells:
+            yield from self.cell(catalogue, batch, steps, partial(report, cell_name(catalogue, batch, steps)))
 
-    def _engines(self, items: int) -> dict[str, Engine | str]:
-        """Engine of each path, made once a catalogue, or the error that making it ended with."""
-        axes, device = self.axes, self.timer.device
-        try:
-            check_memory(items, axes.width, axes.paths, device)
-            model = random_model(items, axes.width, max(axes.steps), device)
-            baseline = random_baseline(model) if any(path.startswith(BASELINE) for path in axes.paths) else model
-        except Exception as error:
-            return dict.fromkeys(axes.paths, describe_error(error))
-        made: dict[str, Engine | str] = {}
-        for path in axes.paths:
-            name = path.removesuffix(GRAPH)
-            if name not in made:
-                try:
-                    made[name] = path_engine(path, baseline if path.startswith(BASELINE) else model)
-                except Exception as error:
-                    made[name] = describe_error(error)
-        return {path: made[path.removesuffix(GRAPH)] for path in axes.paths}
-
-    def _cell(
-        self,
-        engines: dict[str, Engine | str],
-        requests: Sequence[Request],
-        items: int,
-        report: Callable[[float, float], None],
+    def cell(
+        self, catalogue: Catalogue, batch: int, steps: int, report: Callable[[float, float], None]
     ) -> Iterator[EngineRecord]:
+        """Measure all paths against each other, with the engines of the cell before if the catalogue is the same."""
+        engines = self._engines(catalogue)
+        accuracies = self._accuracies(engines, catalogue, steps)
         # Otherwise shapes of earlier cells would count as recompilations, and the ninth would run uncompiled.
         torch.compiler.reset()
         calls: dict[str, Sequence[Callable[[], object]]] = {}
         noises: dict[str, str] = {}
         errors: dict[str, PathTiming | str] = {}
+        k = min(RESULTS, catalogue.items)
+        requests = [Request(catalogue.histories(batch, variant), steps, k) for variant in range(INPUTS)]
         for path, engine in engines.items():
             if isinstance(engine, str):
                 errors[path] = engine
@@ -118,38 +87,78 @@ class EngineSweep:
         timings, results = self.timer.measure(calls, self.axes.paths[0], report)
         for path in engines:
             timing = errors.get(path, timings.get(path, "not measured"))
-            yield self._row(path, requests[0], items, timing, noises.get(path, ""), results)
+            yield self._row(path, requests[0], catalogue, timing, accuracies.get(path), noises.get(path, ""), results)
+
+    def _engines(self, catalogue: Catalogue) -> dict[str, Engine | str]:
+        """Engine of each path, made once a catalogue, or the error that making it ended with."""
+        if self._made is None or self._made[0] is not catalogue:
+            self._made = None
+            if self.timer.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._made = (catalogue, self._make(catalogue))
+        return self._made[1]
+
+    def _make(self, catalogue: Catalogue) -> dict[str, Engine | str]:
+        axes, device = self.axes, self.timer.device
+        try:
+            check_memory(catalogue.items, catalogue.width, axes.paths, device)
+            model = catalogue.model(device)
+        except Exception as error:
+            return dict.fromkeys(axes.paths, describe_error(error))
+        made: dict[str, Engine | str] = {}
+        for path in axes.paths:
+            name = path.removesuffix(GRAPH)
+            if name not in made:
+                try:
+                    served = catalogue.baseline(model) if path.startswith(BASELINE) else model
+                    made[name] = path_engine(path, served)
+                except Exception as error:
+                    made[name] = describe_error(error)
+        return {path: made[path.removesuffix(GRAPH)] for path in axes.paths}
+
+    def _accuracies(
+        self, engines: Mapping[str, Engine | str], catalogue: Catalogue, steps: int
+    ) -> dict[str, Accuracy | str | None]:
+        """Accuracy of each path's engine, or the error that measuring it ended with."""
+        found: dict[str, Accuracy | str | None] = {}
+        for path, engine in engines.items():
+            if not isinstance(engine, str):
+                try:
+                    found[path] = catalogue.accuracy(path, engine, None if path.startswith(BASELINE) else steps)
+                except Exception as error:
+                    found[path] = f"accuracy: {describe_error(error)}"
+        return found
 
     def _row(
         self,
         path: str,
         request: Request,
-        items: int,
+        catalogue: Catalogue,
         timing: PathTiming | str,
+        accuracy: Accuracy | str | None,
         noise: str,
         results: dict[str, object],
     ) -> EngineRecord:
-        timer, axes = self.timer, self.axes
+        timer, items, width = self.timer, catalogue.items, catalogue.width
+        problems = [each for each in (timing, accuracy) if isinstance(each, str)]
         measured = timing if isinstance(timing, PathTiming) else None
         baseline = path.startswith(BASELINE)
         prefix = BASELINE if baseline else ""
         able = [each for each in results if each.startswith(BASELINE) == baseline]
         reference = next((each for each in (f"{prefix}reference", f"{prefix}cached", *able) if each in results), None)
         found, expected = results.get(path), results.get(reference or "")
-        overlap = None
-        if isinstance(found, Tensor) and isinstance(expected, Tensor):
-            overlap = float(top_overlap(found.cpu(), expected.cpu()).mean())
+        overlap = _overlap(found, expected)
         dtype = ENGINES[engine_name(path)].dtype
         tokens = request.histories.values.numel()
         steps = request.steps or 0
-        cost = request_cost(tokens, len(request.histories), None if baseline else steps, items, axes.width, dtype)
+        cost = request_cost(tokens, len(request.histories), None if baseline else steps, items, width, dtype)
         return EngineRecord(
             measured_at_utc=now_utc(),
             path=path,
-            baseline=axes.paths[0],
+            baseline=self.axes.paths[0],
             timing=measured,
             roof=timer.roof(cost, dtype, measured),
-            error=timing if isinstance(timing, str) else None,
+            error="; ".join(problems) or None,
             protocol=timer.protocol_of(measured),
             environment=timer.environment,
             command=timer.command,
@@ -158,11 +167,37 @@ class EngineSweep:
             history_tokens=tokens,
             steps=steps,
             items=items,
-            width=axes.width,
+            width=width,
             top20_overlap_fraction=overlap,
             overlap_with=reference or "",
             noise=noise,
+            trained=catalogue.trained,
+            accuracy=_compared(accuracy, path, results) if isinstance(accuracy, Accuracy) else None,
         )
+
+
+def _compared(accuracy: Accuracy, path: str, results: Mapping[str, object]) -> Accuracy | None:
+    """The accuracy of a compiled path with its agreement on the batch that it was compiled for; others as they are.
+
+    None for a compiled path whose lists, or those of the engine that the accuracy was measured with, are not there.
+    """
+    if COMPILED not in path:
+        return accuracy
+    baseline = BASELINE if path.startswith(BASELINE) else ""
+    found = results.get(path)
+    overlap = _overlap(found, results.get(f"{baseline}{accuracy.measured_with}"))
+    if overlap is None or not isinstance(found, Tensor):
+        return None
+    agreement = {"engine_agreement_fraction": overlap, "engine_agreement_users": found.shape[0]}
+    overlap_with_exact = {"engine_top20_overlap_fraction": None, "engine_top20_overlap_users": 0}
+    return accuracy.model_copy(update=agreement | overlap_with_exact)
+
+
+def _overlap(found: object, expected: object) -> float | None:
+    """Mean share of items in both lists, `[B, k]` each; None where one of them is missing."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return None
+    return float(top_overlap(found.cpu(), expected.cpu()).mean())
 
 
 def request_cost(tokens: int, users: int, steps: int | None, items: int, width: int, dtype: torch.dtype) -> Cost:
@@ -181,38 +216,6 @@ def request_cost(tokens: int, users: int, steps: int | None, items: int, width: 
     flops = 2 * rows + 2 * users * items * width
     read = ((2 if steps is None else 4) * 12 * square + (tokens + items) * width) * dtype.itemsize
     return Cost(bytes=read, flops=flops)
-
-
-def random_model(items: int, width: int, timesteps: int, device: torch.device) -> SequenceModel:
-    """ADRec of the paper's size with random weights; its table is made on the device, whatever its size."""
-    config = ModelConfig(items=items, width=width, timesteps=max(32, timesteps))
-    torch.manual_seed(0)
-    model = build_model(config.model_copy(update={"items": 1})).to(device)
-    model.config = config
-    table = torch.empty(items + 1, width, device=device).normal_(0.0, WEIGHT_STD)
-    table[0] = 0.0
-    model.item_embedding = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
-    return model.eval().requires_grad_(False)
-
-
-def random_baseline(model: SequenceModel) -> SequenceModel:
-    """SASRec+ of the same size with random weights and the same item table."""
-    config = model.config.baseline(TrainConfig())
-    torch.manual_seed(0)
-    baseline = build_model(config.model_copy(update={"items": 1})).to(model.device)
-    baseline.config, baseline.item_embedding = config, model.item_embedding
-    return baseline.eval().requires_grad_(False)
-
-
-def random_histories(users: int, items: int, variant: int = 0) -> Jagged:
-    """Histories with the mean length of the Amazon sets and a long tail, up to 50 items; the same for each call.
-
-    variant: other items, and the same lengths, for which a graph or a compiled engine is made.
-    """
-    generator = np.random.default_rng(users)
-    lengths = np.clip(generator.geometric(1 / MEAN_LENGTH, users), 1, 50)
-    generator = np.random.default_rng([users, variant]) if variant else generator
-    return Jagged.from_lists(generator.integers(1, items + 1, length).tolist() for length in lengths)
 
 
 def check_memory(items: int, width: int, paths: Sequence[str], device: torch.device) -> None:
@@ -240,5 +243,6 @@ def free_bytes(device: torch.device) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _stage(items: int, batch: int, steps: int) -> str:
-    return f"{items} items, batch {batch}, {steps} steps"
+def cell_name(catalogue: Catalogue, batch: int, steps: int) -> str:
+    """A cell in words, unique within a sweep."""
+    return f"{catalogue.name}, batch {batch}, {steps} steps"

@@ -5,6 +5,7 @@ On a CPU, where no kernel runs, the twins against the copy; every row says so.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -72,16 +73,19 @@ class Timer:
         timings: dict[str, PathTiming | str] = {}
         results: dict[str, object] = {}
         memory: dict[str, tuple[float | None, str]] = {}
+        called: dict[str, float] = {}
         for name, (call, *_) in calls.items():
             report(1e-9, len(calls) * self.protocol.seconds)
             try:
                 # The first call may compile and try out variants, whose memory is not the path's.
                 results[name] = _cloned(call())
+                started = time.perf_counter()
                 memory[name] = peak_memory_mib(call, self.device)
+                called[name] = time.perf_counter() - started
             except Exception as error:
                 timings[name] = describe_error(error)
         working: dict[str, Call] = {name: _rotated(each) for name, each in calls.items() if name in memory}
-        series = measure_interleaved(working, self.protocol, self.clock, report)
+        series = measure_interleaved(working, self.protocol, self.clock, report, called)
         for name, each in series.items():
             timings[name] = each.error or _timing(each, series.get(baseline), memory[name])
         return timings, results

@@ -10,9 +10,12 @@ from pydantic import Field, TypeAdapter
 
 from adrec.environment import Environment, Frozen
 from bench.json_lines import LineWriter, read_json_lines
-from bench.record import Duration, Estimate
+from bench.record import Accuracy, Duration, Estimate
 
 CPU_NOTE = "CPU: twins only, no kernel ran"
+COMPILED = "-compiled"
+BASELINE = "sasrec-"
+"""Before the name of an engines' path: SASRec+ in it, of the same size or of the same run."""
 
 
 class PathTiming(Frozen):
@@ -93,11 +96,24 @@ class KernelRecord(Measured):
     note: str | None = None
 
 
+class TrainedOn(Frozen):
+    """The run whose models a row is of, and the ``users`` of ``split`` whose histories and targets it was given."""
+
+    run_fingerprint: str
+    baseline_fingerprint: str | None
+    dataset_name: str
+    dataset_fingerprint: str
+    split: str
+    users: int = Field(ge=1)
+    exact_steps: int = Field(ge=1)
+
+
 class EngineRecord(Measured):
-    """One way to compute recommendations with a random model, at one batch size, step count and catalogue.
+    """One way to compute recommendations, at one batch size, step count and catalogue.
 
     steps: of the cell; a path of SASRec+ (``sasrec-cached``), which has none, is timed beside each.
-    ``top20_overlap_fraction``: mean overlap of the recommended items with those of ``overlap_with`` (same noise).
+    ``top20_overlap_fraction``: mean overlap of the batch's items with those of ``overlap_with`` (same noise).
+    ``trained``: `None` for a random model, which learned nothing and so has no ``accuracy``.
     """
 
     kind: Literal["engine"] = "engine"
@@ -110,6 +126,16 @@ class EngineRecord(Measured):
     top20_overlap_fraction: float | None
     overlap_with: str
     noise: str
+    trained: TrainedOn | None = None
+    accuracy: Accuracy | None = None
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the run's model that the path computes; empty for a random one."""
+        if self.trained is None:
+            return ""
+        baseline = self.path.startswith(BASELINE)
+        return (self.trained.baseline_fingerprint or "") if baseline else self.trained.run_fingerprint
 
 
 KernelsRecord = KernelRecord | EngineRecord

@@ -11,7 +11,10 @@ from rich.table import Table
 
 from bench.rivals import PYTHON_VARIABLE
 
-TITLES = ("model", "engine", "steps", "batch (users)", "p50 (ms)", "time ratio to baseline", "NDCG@20 (%)", "HR@20 (%)")
+TITLES = (
+    *("model", "engine", "steps", "batch (users)", "p50 (ms)", "time ratio to baseline", "NDCG@20 (%)", "HR@20 (%)"),
+    *("users evaluated", "accuracy measured with"),
+)
 
 
 def bench_recbole(

@@ -69,7 +69,7 @@ class Sasrec:
         train, validation, _ = data_preparation(config, dataset)
         self.model = get_model("SASRec")(config, train.dataset).to(config["device"])
         trainer = get_trainer(config["MODEL_TYPE"], "SASRec")(config, self.model)
-        self.epochs, best = 0, {}
+        self.epochs, self.epochs_most, best = 0, trainer.epochs, {}
 
         def after(epoch: int, score: float) -> None:
             # RecBole would read its best weights back with `torch.load`, which refuses its files since torch 2.6.
@@ -169,7 +169,7 @@ class Server:
 
     def train(self, **request: Any) -> dict[str, Any]:
         self.rival = Sasrec(request, self.say)
-        return {"epochs": self.rival.epochs, "fingerprint": self.rival.fingerprint()}
+        return {"epochs": self.rival.epochs, "most": self.rival.epochs_most, "fingerprint": self.rival.fingerprint()}
 
     def rank(self, **request: Any) -> dict[str, Any]:
         return self.rival.rank(**request)

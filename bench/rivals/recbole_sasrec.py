@@ -55,12 +55,13 @@ def start(python: str) -> tuple[Child, dict[str, str]]:
 
 @dataclass(frozen=True)
 class RecBoleSasrec:
-    """A trained SASRec in RecBole's process; see `bench.guest.Guest`. epochs: how many it trained."""
+    """A trained SASRec in RecBole's process; see `bench.guest.Guest`. epochs: how many it trained, of how many."""
 
     child: Child
     versions: dict[str, str]
     fingerprint: str
     epochs: int
+    epochs_most: int
     items: int
     model: str = "recbole-sasrec"
     engine: str = "recbole"
@@ -69,7 +70,7 @@ class RecBoleSasrec:
     @property
     def measured_with(self) -> str:
         """What computed the accuracy, and how long it was trained."""
-        return f"{self.engine}, best of {counted(self.epochs, 'epoch')}"
+        return f"{self.engine}, best of {counted(self.epochs, 'epoch')} trained, at most {self.epochs_most}"
 
     @classmethod
     def train(
@@ -101,7 +102,7 @@ class RecBoleSasrec:
             threads=torch.get_num_threads(),
             epochs=epochs,
         )
-        return cls(child, versions, answer["fingerprint"], answer["epochs"], dataset.item_count)
+        return cls(child, versions, answer["fingerprint"], answer["epochs"], answer["most"], dataset.item_count)
 
     def evaluation(self, examples: Examples) -> Evaluation:
         """Rank the whole catalogue, a user's own items left in, as `adrec.evaluation.evaluate` does by default."""

@@ -133,6 +133,8 @@ def run_suites(
     for suite in dict.fromkeys(unit.suite for unit in units):
         rows = sum(done.records for done in journal.done.values() if done.suite == suite)
         console.print(f"{rows} rows in {journal.file_of(suite)}", markup=False)
+    spent = sum(done.seconds for done in outcome.measured)
+    console.print(f"{len(outcome.measured)} units measured in {spent:.0f} s", markup=False)
     if outcome.failed:
         console.print(
             f"{len(outcome.failed)} of {len(units)} units hold an error, or figures that do not count;"

@@ -72,26 +72,30 @@ def _kernels(context: Context) -> list[Unit]:
 
 
 def _engines(context: Context) -> list[Unit]:
+    from bench.kernels.catalogues import Catalogue, RandomCatalogue, TrainedCatalogue
     from bench.kernels.engine_sweep import Axes, EngineSweep
     from bench.kernels.measure import Timer
     from bench.timing import clock_for
 
     timer = Timer(context.device, context.protocol, clock_for(context.device), context.command)
     paths = engine_paths_of(context)
-    items, batches, steps = [12_000, 100_000], [1, 32, 512], [1, 4, 32]
-    if context.smoke:
-        items, batches, steps = [2000], [1, 16], [1, 4]
-
-    def measure(axes: Axes, report: Report) -> Iterable[BaseModel]:
-        return EngineSweep(timer, axes).rows(lambda stage, done, expected: report(done, expected))
-
+    steps: tuple[int, ...]
+    sizes, batches, steps = (
+        ((2000,), (1, 16), (1, 4)) if context.smoke else ((12_000, 100_000), (1, 32, 512), (1, 4, 32))
+    )
+    catalogues: list[Catalogue] = [RandomCatalogue(size) for size in sizes]
+    if context.run is not None:
+        # In place of the smallest: accuracy stands beside the times of a run.
+        catalogues[0] = TrainedCatalogue(context.subject)
+        steps = tuple(sorted({min(count, context.subject.run.config.timesteps) for count in steps}))
+    sweep = EngineSweep(timer, Axes(paths, batches, steps, tuple(catalogues)))
     return [
         Unit(
-            f"engines/{size} items/batch {batch}/{count} steps",
+            f"engines/{'run' if catalogue.trained else catalogue.name}/batch {batch}/{count} steps",
             len(paths) * context.protocol.seconds,
-            partial(measure, Axes(paths, (batch,), (count,), (size,))),
+            partial(sweep.cell, catalogue, batch, count),
         )
-        for size in items
+        for catalogue in catalogues
         for batch in batches
         for count in steps
     ]
@@ -99,7 +103,8 @@ def _engines(context: Context) -> list[Unit]:
 
 def engine_paths_of(context: Context) -> tuple[str, ...]:
     """What suite engines measures: the engines named, or all that run here with their rivals."""
-    from bench.kernels.engine_paths import BASELINE, paths_here
+    from bench.kernels.engine_paths import paths_here
+    from bench.kernels.records import BASELINE
 
     if context.engines_named:
         return context.engines
@@ -331,8 +336,8 @@ SUITES: tuple[Suite, ...] = (
     ),
     Suite(
         "engines",
-        "engines, compiled and exported rivals, SASRec+: catalogue x batch x steps; random models, without an accuracy"
-        " but with the overlap with the exact lists",
+        "engines, compiled and exported rivals, SASRec+: catalogue x batch x steps, with the accuracy of --run; random"
+        " models have none, but the overlap with the exact lists",
         _engines,
     ),
     Suite("tradeoff", "a run's speed and accuracy: engine x steps x batch", _tradeoff),

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from adrec.data.jagged import Jagged
 from adrec.engines import ENGINES, make_engine
-from bench.kernels.engine_sweep import RESULTS, check_memory, random_histories, random_model
+from bench.kernels.catalogues import random_histories, random_model
+from bench.kernels.engine_sweep import RESULTS, check_memory
 from bench.kernels.measure import INPUTS, Timer, now_utc
 from bench.kernels.records import PathTiming
 from bench.kernels.selection import dtype_name

@@ -330,9 +330,9 @@ def test_a_bad_file_is_named_before_anything_is_compared(
 
 @pytest.mark.parametrize("text", ["5", "-5%", "x%", "nan%", ""])
 def test_a_bound_is_a_percentage(text: str) -> None:
-    assert share(" 2.5% ", "--bound") == 0.025
+    assert share(" 2.5% ", "--bound", 1000) == 0.025
     with pytest.raises(ConfigError, match=r"--bound .*expected a percentage"):
-        share(text, "--bound")
+        share(text, "--bound", 1000)
 
 
 def test_work_added_to_one_engine_is_found_by_the_whole_chain(
@@ -358,3 +358,27 @@ def test_work_added_to_one_engine_is_found_by_the_whole_chain(
     found = compare(rows["old"], rows["slow"], bound=0.05, accuracy_bound=0.01)
     assert {dict(each.key)["engine"] for each in found.regressions} == {"cached"}
     assert label(found.regressions[0].key, found.shared).startswith("model ")
+
+
+def test_rows_that_were_measured_unlike_are_named(tiny_records: list[TradeoffRecord]) -> None:
+    old = measured(tiny_records, 0)
+    assert not [note for note in compared(old, measured(tiny_records, 1)).notes if "rows" in note and "longer" in note]
+    row = next(each for each in old if each.timing and each.accuracy)
+    assert row.timing is not None
+    assert row.accuracy is not None
+    calls = row.timing.calls
+    longer = row.model_copy(update={"timing": row.timing.model_copy(update={"calls": 10 * calls})})
+    fewer = row.model_copy(
+        update={"dataset_users": 30, "accuracy": row.accuracy.model_copy(update={"users": 30, "places_base64": None})}
+    )
+    (note,) = [each for each in compared([longer], [row]).notes if "far longer in one file" in each]
+    assert note.startswith("1 rows were measured far longer in one file than in the other, most of all model adrec")
+    assert f"({10 * calls} calls before, {calls} now, 10 times as long in all)" in note
+    (note,) = [each for each in compared([row], [fewer]).notes if "other users" in each]
+    assert note.startswith("accuracies of 1 rows are of other users (60 before, 30 now)")
+
+
+def test_no_more_accuracy_than_all_can_be_lost() -> None:
+    assert share("100%", "--accuracy-bound", 100) == 1.0
+    with pytest.raises(ConfigError, match="--accuracy-bound 200%: expected a percentage from 0% to 100%, such as 5%"):
+        share("200%", "--accuracy-bound", 100)

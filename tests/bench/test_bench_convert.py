@@ -23,6 +23,7 @@ from bench.cli import register
 from bench.conversion.pytest_json import UNTIMED, pytest_json, records_of
 from bench.conversion.statistics import statistics_of
 from bench.json_lines import json_line
+from bench.kernels.catalogues import RandomCatalogue
 from bench.kernels.engine_sweep import Axes, EngineSweep
 from bench.kernels.measure import Timer
 from bench.record import TradeoffRecord
@@ -40,7 +41,7 @@ def records(
 ) -> list[AnyRecord]:
     """Rows of two kinds, one without a time in the middle and one that failed."""
     timer = Timer(torch.device("cpu"), tiny_protocol, counting_clock, "adrec bench")
-    engines = EngineSweep(timer, Axes(("cached",), (2,), (1,), (30,), width=16)).rows(lambda *progress: None)
+    engines = EngineSweep(timer, Axes(("cached",), (2,), (1,), (RandomCatalogue(30, 16),))).rows(lambda *progress: None)
     broken = tiny_records[2].model_copy(update={"timing": None, "error": "RuntimeError: no"})
     return [tiny_records[1], tiny_records[0], broken, *engines, *tiny_records[3:]]
 

@@ -17,7 +17,8 @@ from adrec.engines import make_engine
 from adrec.errors import AdrecError, ConfigError, DataError, NotSupportedError
 from bench.cli import register
 from bench.kernels import engine_paths, engine_sweep
-from bench.kernels.engine_sweep import Axes, EngineSweep, check_memory, random_histories, random_model, request_cost
+from bench.kernels.catalogues import RandomCatalogue, random_histories, random_model
+from bench.kernels.engine_sweep import Axes, EngineSweep, check_memory, request_cost
 from bench.kernels.measure import (
     COMPILED,
     COPY,
@@ -159,7 +160,9 @@ def test_records_are_read_back_and_bad_lines_are_named(timer: Timer, tmp_path: P
 
 
 def test_engines_are_measured_against_the_first(timer: Timer) -> None:
-    axes = Axes(("cached", "reference", "cached-graph"), batch_sizes=(1, 3), steps=(1, 2), items=(30,), width=16)
+    axes = Axes(
+        ("cached", "reference", "cached-graph"), batch_sizes=(1, 3), steps=(1, 2), catalogues=(RandomCatalogue(30, 16),)
+    )
     rows = list(EngineSweep(timer, axes).rows(silent))
     cells = [(row.batch_size_users, row.steps, row.path) for row in rows]
     assert cells == [(batch, steps, path) for batch in (1, 3) for steps in (1, 2) for path in axes.paths]
@@ -204,7 +207,9 @@ def test_a_catalogue_that_does_not_fit_is_an_error_of_its_rows(timer: Timer, mon
     with pytest.raises(MemoryError, match=r"10000000 items of 128 need about 8.7 GiB on cpu, and 4.0 GiB are free"):
         check_memory(10_000_000, 128, ("triton", "triton-bf16-graph", "cached-compiled"), CPU)
     check_memory(1_000_000, 128, ("triton", "triton-bf16"), CPU)
-    axes = Axes(("cached",), batch_sizes=(1,), steps=(1,), items=(10_000_000, 30), width=128)
+    axes = Axes(
+        ("cached",), batch_sizes=(1,), steps=(1,), catalogues=(RandomCatalogue(10_000_000), RandomCatalogue(30))
+    )
     large, small = EngineSweep(timer, axes).rows(silent)
     assert str(large.error).startswith("MemoryError: 10000000 items")
     assert small.error is None

@@ -20,7 +20,8 @@ from adrec.engines import make_engine
 from adrec.errors import AdrecError, DataError
 from bench.archive import read_any
 from bench.cli import register
-from bench.kernels.engine_sweep import random_histories, random_model, request_cost
+from bench.kernels.catalogues import random_histories, random_model
+from bench.kernels.engine_sweep import request_cost
 from bench.profiling.floors import Rates, measure_rates, stage_costs
 from bench.profiling.page import page_of, sentences
 from bench.profiling.profile import Profiler, summarise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,7 @@ def test_command_line(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     done = invoke("run", "engines/*/batch 1/1 steps", "tradeoff/popularity", *options)
     assert done.exit_code == 0, done.output
     assert len(read_any(out / "engines.jsonl")) == 1
+    assert re.search(r"^2 units measured in \d+ s$", done.output, re.MULTILINE)
     more = invoke("run", "tradeoff", *options, "--resume")
     assert more.exit_code == 0, more.output
     assert "1 units were done before" in more.output

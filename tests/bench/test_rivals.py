@@ -44,7 +44,7 @@ for line in sys.stdin:
         names = sorted(path.name for path in pathlib.Path(request["folder"], "rival").iterdir())
         assert names == ["rival.item", "rival.train.inter", "rival.validation.inter"]
         print(json.dumps({"progress": {"epoch": 1, "of": 2, "ndcg20_percent": 1.5}}))
-        answer = {"epochs": 1, "fingerprint": "f" * 64}
+        answer = {"epochs": 1, "most": 300, "fingerprint": "f" * 64}
     elif do == "rank":
         users = len(request["targets"])
         answer = {"ranks": list(range(users)), "top_items": [list(range(1, request["count"] + 1))] * users}
@@ -126,7 +126,7 @@ def test_rows_hold_the_ratio_to_one_step_and_our_metrics(
     assert {name: each.value for name, each in theirs.accuracy.metrics_percent.items()} == {
         name: each.value for name, each in expected.items()
     }
-    assert theirs.accuracy.measured_with == "recbole, best of 1 epoch"
+    assert theirs.accuracy.measured_with == "recbole, best of 1 epoch trained, at most 300"
     assert theirs.model_fingerprint == "f" * 64
     assert theirs.environment.versions["recbole"] == "9.9"
     assert "recbole" not in rows[1].environment.versions
