@@ -5,6 +5,7 @@ A package holds native code: load only those you trust. Any program with libtorc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,15 @@ from torch import Tensor
 from adrec.engines.exported import ExportError, GraphFile, GraphFormat
 from adrec.engines.exported_engine import ExportedEngine
 from kernels import _runtime
+
+_CAPABILITY_KEYS = {"cuda": "AOTI_COMPUTE_CAPABILITY", "cpu": "AOTI_CPU_ISA"}
+# By Inductor's names, those that would end the process where they are missing.
+_INSTRUCTIONS: dict[str, Callable[[], bool]] = {
+    "avx2": torch.cpu._is_avx2_supported,
+    "avx512": torch.cpu._is_avx512_supported,
+    "avx512_vnni": torch.cpu._is_vnni_supported,
+    "amx_tile": torch.cpu._is_amx_tile_supported,
+}
 
 
 class AotInductorEngine(ExportedEngine):
@@ -47,21 +57,25 @@ class AotInductorEngine(ExportedEngine):
 
 
 def package_target(path: Path) -> tuple[str, str]:
-    """Kind of device that a package was compiled for, and of a GPU its compute capability, such as ``("cuda", "90")``.
+    """What a package was compiled for: kind of device, and what it can do.
 
-    Read without loading any of its code. Raises ExportError for what is no package.
+    Of a GPU its compute capability, ``("cuda", "90")``; of a CPU its vector instructions, ``("cpu", "avx2")``. Read
+    without loading any of its code. Raises ExportError for what is no package.
     """
     try:
         # Torch's stubs lack the method.
         loader: Any = torch._C._aoti.AOTIModelPackageLoader
         said = loader.load_metadata_from_package(str(path), "model")
-        return said["AOTI_DEVICE_KEY"], said.get("AOTI_COMPUTE_CAPABILITY", "")
     except Exception as error:
         raise _unreadable(path, error) from None
+    kind = said.get("AOTI_DEVICE_KEY")
+    if kind is None:
+        raise ExportError(f"{path}: does not say what device it was compiled for; export again")
+    return kind, said.get(_CAPABILITY_KEYS.get(kind, ""), "").lower()
 
 
 def check_package(path: Path, device: torch.device) -> None:
-    """Raise ExportError for a package of another kind of device, or of a GPU of another compute capability."""
+    """Raise ExportError for a package of another kind of device, or of one that can do other things."""
     kind, capability = package_target(path)
     if kind != device.type:
         raise ExportError(
@@ -73,6 +87,11 @@ def check_package(path: Path, device: torch.device) -> None:
             f"{path}: was compiled for GPUs of compute capability {capability}, but '{device}' has {here}; export again"
             " on this GPU"
         )
+    missing = [name for name in capability.split() if name in _INSTRUCTIONS and not _INSTRUCTIONS[name]()]
+    if kind == "cpu" and missing:
+        raise ExportError(
+            f"{path}: was compiled for processors with {', '.join(missing)}, which this one has not; export again here"
+        )
 
 
 def compute_capability(device: torch.device) -> str:
@@ -81,4 +100,4 @@ def compute_capability(device: torch.device) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> ExportError:
-    return ExportError(f"{path}: torch cannot load the package: {str(error).strip().splitlines()[0]}")
+    return ExportError(f"{path}: torch cannot load the package: {(str(error).strip() or repr(error)).splitlines()[0]}")

@@ -118,16 +118,14 @@ class OnnxRuntimeEngine(ExportedEngine):
 
 
 class OnnxRuntimeInt8Engine(OnnxRuntimeEngine):
-    """`OnnxRuntimeEngine` with int8 linear layers and item table, activations quantised at run time; for CPUs.
+    """`OnnxRuntimeEngine` with the layers of items in int8, activations quantised at run time; for CPUs.
 
-    `represent` returns what its graph computes; scores of representations elsewhere are those of the float table.
+    Scores are rounded to choose candidates, which are ranked by those of the float table.
     """
 
     name = "onnxruntime-int8"
     precision: ClassVar[Precision] = "int8-dynamic"
     dtype = torch.int8
-    # A loop, which a folder may hold, has its steps in float.
-    loops = False
 
 
 def run_bound(session: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], run_options: Any) -> None:

@@ -95,8 +95,10 @@ def export_for_engine(
     """Compile the one package that an engine needs to a folder under ``root``, once; see the ONNX export's."""
     if loop or precision != "fp32":
         raise NotSupportedError("AOTInductor packages are float32 with unrolled steps")
-    target = f"-cuda{compute_capability(model.device)}" if model.device.type == "cuda" else ""
-    folder = root / cache_name(f"aotinductor{target}", model, steps, loop, precision, k)
+    # One cache may serve several machines.
+    cuda = model.device.type == "cuda"
+    target = f"cuda{compute_capability(model.device)}" if cuda else torch.backends.cpu.get_cpu_capability().lower()
+    folder = root / cache_name(f"aotinductor-{target}", model, steps, loop, precision, k)
     if not (folder / MANIFEST).is_file():
         options = ExportOptions(steps=(1 if steps is None else steps,), k=min(k, model.config.items))
         export_aotinductor(model, folder, options, device=model.device)

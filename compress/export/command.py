@@ -171,8 +171,7 @@ def export(
     origin = Origin.of_run(source)
     if origin.formats:
         width = "float16" if floats == "fp16" else "float32"
-        small = "" if to == "aotinductor" or quantised else "; --int8 keeps the file small"
-        say(f"the run stores {', '.join(origin.formats)}: the graph computes with those numbers in {width}{small}")
+        say(f"the run stores {', '.join(origin.formats)}: the graph computes with those numbers in {width}")
     if to == "aotinductor":
         from compress.export.aotinductor import export_aotinductor
 

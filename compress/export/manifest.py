@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import adrec.models
+import adrec
+import kernels
 from adrec.checkpoint import Run, model_fingerprint
 from adrec.config import ModelConfig, ServingConfig
 from adrec.engines.exported import GraphFile, Manifest, Precision, StepTable, graph_sha256
@@ -67,7 +68,7 @@ def tool_versions() -> dict[str, str]:
 @cache
 def _code() -> str:
     """Digest of the code that makes graphs: versions of a checkout do not tell what was edited."""
-    folders = (Path(__file__).parent, Path(adrec.models.__file__).parent)
+    folders = (Path(__file__).parent, Path(adrec.__file__).parent, Path(kernels.__file__).parent)
     files = sorted(path for folder in folders for path in folder.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 

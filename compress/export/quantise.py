@@ -58,7 +58,7 @@ def quantise_graph(
         made = Path(scratch) / target.name
         try:
             folded = Path(scratch) / "folded.onnx"
-            floats = prepare(source, folded)
+            floats = prepare(source, folded, rank_again=kind == "int8-dynamic")
             if kind == "int8-dynamic":
                 _dynamic(folded, made, floats)
             else:
@@ -109,12 +109,12 @@ def calibration_inputs(graph: Graph, histories: Jagged | None) -> Iterator[dict[
         yield given
 
 
-def prepare(source: Path, target: Path) -> list[str]:
+def prepare(source: Path, target: Path, *, rank_again: bool = False) -> list[str]:
     """Write a graph that is ready for a quantiser; returns the products that stay in float, by node.
 
-    Those have one row a user, or one a step. A slice of a weight becomes a constant: it would be taken for an
-    activation and get one scale instead of one per channel. A weight that products of both kinds read is stored for
-    each.
+    Those have one row a user, or one a step; with rank_again not the score, see `rescore`. A slice of a weight becomes
+    a constant: it would be taken for an activation and get one scale instead of one per channel. A weight that products
+    of both kinds read is stored for each.
     """
     import onnx
 
@@ -146,6 +146,8 @@ def prepare(source: Path, target: Path) -> list[str]:
                 model.graph.initializer[-1].name = node.input[1]
     del model.graph.node[:]
     model.graph.node.extend(kept)
+    if rank_again and (rounded := rescore(model)) is not None:
+        floats.remove(rounded)
     # As external data: above 2 GiB a file holds no weights itself.
     onnx.save(model, str(target), save_as_external_data=True, location=f"{target.stem}.data")
     return floats
@@ -171,21 +173,15 @@ def _cut(
 
 
 def _dynamic(source: Path, target: Path, floats: list[str]) -> None:
-    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = onnx.load(str(source))
-    rounded = rescore(model)
-    ranked = source.with_name("rescored.onnx")
-    onnx.save(model, str(ranked), save_as_external_data=True, location=f"{ranked.stem}.data")
-    del model
     with _quiet_root():
         quantize_dynamic(
-            ranked,
+            source,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
             # The quantiser renames products first.
-            nodes_to_exclude=[f"{name}_MatMul" for name in floats if name != rounded],
+            nodes_to_exclude=[f"{name}_MatMul" for name in floats],
             per_channel=True,
             # Unsigned: sums of signed weights saturate on CPUs without VNNI unless they are cut to 7 bits, and those
             # round twice as coarsely.

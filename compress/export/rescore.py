@@ -2,7 +2,7 @@
 
 Of all that int8 rounds, the score changes lists most: neighbours in a list differ by less than it rounds. So rounded
 scores only choose candidates, and a graph computes theirs once more from the float table, which is there to be looked
-up. That is ``CANDIDATES * k`` rows a user, whatever the size of the catalogue.
+up. That is a few dozen rows a user, or twice the length of long lists, whatever the size of the catalogue.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-CANDIDATES = 4
-"""Candidates for each result. Lists of 20 are then those of exact scores but for one in thousands of items."""
+LEAST_CANDIDATES = 80
+
+
+def candidate_count(k: int, rows: int) -> int:
+    """Rows that are scored again for lists of ``k``; lists are then those of exact scores, as good as always."""
+    return min(max(LEAST_CANDIDATES, 2 * k), rows)
 
 
 def rescore(model: ModelProto) -> str | None:
@@ -37,10 +41,12 @@ def rescore(model: ModelProto) -> str | None:
     score = made[ranking.input[0]]
     rows, table, bias = score.input
     listed = int(numpy_helper.to_array(constants[ranking.input[1]]).item())
-    counts = {"rescored_count": min(CANDIDATES * listed, stored[table].dims[0]), "rescored_axis": 2}
-    graph.initializer.extend(numpy_helper.from_array(np.array([n], np.int64), name) for name, n in counts.items())
+    numbers = {"rescored_count": candidate_count(listed, stored[table].dims[0]), "rescored_axis": 2}
+    graph.initializer.extend(numpy_helper.from_array(np.array([n], np.int64), name) for name, n in numbers.items())
     nodes: list[onnx.NodeProto] = [
-        helper.make_node("TopK", [score.output[0], "rescored_count"], ["rounded_scores", "candidates"], sorted=0),
+        helper.make_node("TopK", [score.output[0], "rescored_count"], ["rounded_scores", "unordered"], sorted=0),
+        # By id, so that of equal scores the lower id comes first, as without candidates.
+        helper.make_node("TopK", ["unordered", "rescored_count"], ["candidates", "order"], largest=0),
         helper.make_node("Gather", [table, "candidates"], ["candidate_rows"], axis=0),
         helper.make_node("Unsqueeze", [rows, "rescored_axis"], ["row_columns"]),
         helper.make_node("MatMul", ["candidate_rows", "row_columns"], ["candidate_columns"]),

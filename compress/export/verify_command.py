@@ -66,6 +66,10 @@ def verify(
         batch_sizes=integers(batch_sizes, "--batch-sizes", 1, 2**20),
         report=lambda pair: console.print(_line(pair), markup=False, highlight=False),
     )
+    plans = sorted(folder.glob("*.plan"))
+    if plans and not any(pair.runtime == "tensorrt" for pair in pairs):
+        why = "TensorRT cannot run here" if providers is None else "--providers leaves TensorRT's plans out"
+        console.print(f"not compared: {', '.join(plan.name for plan in plans)} ({why})", markup=False, highlight=False)
     if formats := stored_formats(held.model):
         console.print(
             f"held to the numbers that the run stores ({', '.join(formats)}) in float32, not to what a dynamic format"

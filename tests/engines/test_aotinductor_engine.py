@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from adrec.data.jagged import Jagged
-from adrec.engines import AotInductorEngine, CachedEngine
+from adrec.engines import AotInductorEngine, CachedEngine, aotinductor
 from adrec.engines.aotinductor import check_package, package_target
 from adrec.engines.exported import ExportError, load_manifest
 from adrec.errors import NotSupportedError
@@ -59,7 +59,8 @@ def test_a_package_gives_the_lists_of_cached(tmp_path: Path, tiny_model: ModelFa
         torch.testing.assert_close(engine.represent(histories, 1, seed=3), wanted, rtol=0, atol=TOLERANCE)
     # Another program loads it without a line of this project.
     package = tmp_path / "export" / graph.file
-    assert package_target(package) == ("cpu", "")
+    assert package_target(package)[0] == "cpu"
+    check_package(package, torch.device("cpu"))
     alone = subprocess.run(
         [sys.executable, "-c", ALONE, str(package)], capture_output=True, text=True, check=True, cwd=tmp_path
     )
@@ -106,8 +107,25 @@ def test_a_package_of_another_device_is_refused_before_it_is_loaded(
     with pytest.raises(ExportError, match=r"compute capability 90, but 'cuda:1' has 120; export again on this GPU"):
         check_package(path, device)
     check_package(package_for(tmp_path / "fits.pt2", AOTI_DEVICE_KEY="cuda", AOTI_COMPUTE_CAPABILITY="120"), device)
+    with pytest.raises(ExportError, match=r"old\.pt2: does not say what device it was compiled for; export again"):
+        check_package(package_for(tmp_path / "old.pt2"), device)
     with pytest.raises(ExportError, match=r"cpu\.pt2: was compiled for 'cpu', but the model is on 'cuda:1'"):
         check_package(package_for(tmp_path / "cpu.pt2", AOTI_DEVICE_KEY="cpu"), device)
+
+
+def test_a_package_of_a_processor_that_can_more_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = package_for(tmp_path / "new.pt2", AOTI_DEVICE_KEY="cpu", AOTI_CPU_ISA="AVX512 AVX512_VNNI")
+    has = {"avx512": True, "avx512_vnni": True}
+    for name in has:
+        monkeypatch.setitem(aotinductor._INSTRUCTIONS, name, lambda name=name: has[name])
+    check_package(path, torch.device("cpu"))
+    has["avx512_vnni"] = False
+    with pytest.raises(
+        ExportError, match=r"new\.pt2: was compiled for processors with avx512_vnni, which this one has not; export"
+    ):
+        check_package(path, torch.device("cpu"))
+    # Instructions of other kinds of processors are not known by name: torch says what it cannot load.
+    check_package(package_for(tmp_path / "arm.pt2", AOTI_DEVICE_KEY="cpu", AOTI_CPU_ISA="ASIMD"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,12 @@ def test_in_float32_holds_what_the_stored_numbers_stand_for(stored: SequenceMode
     assert in_float32(plain) is plain
 
 
-# Of every format the graph is that of its numbers in float32, above; here one with a packed table, one without.
-@pytest.mark.parametrize("stored", ["int4", "dynamic, table in float32"], indirect=True)
+# Of every format the graph is that of its numbers in float32, above.
+@pytest.mark.parametrize(
+    "stored",
+    ["int4", "dynamic, table in float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "bf16"))],
+    indirect=True,
+)
 def test_a_graph_of_it_answers_as_its_numbers_do(
     stored: SequenceModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

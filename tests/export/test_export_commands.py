@@ -104,9 +104,11 @@ def test_a_graph_of_other_weights_fails_with_1(run: Path, exported: Path, tmp_pa
     manifest = json.loads((tmp_path / "export.json").read_text())
     manifest["graphs"] = [manifest["graphs"][0] | {"sha256": graph_sha256(tmp_path, "request-fp32-s2.onnx", None)}]
     (tmp_path / "export.json").write_text(json.dumps(manifest))
-    result = adrec("export", "verify", tmp_path, "--against", run, "--users", "20")
+    (tmp_path / "one.plan").touch()
+    result = adrec("export", "verify", tmp_path, "--against", run, "--users", "20", "--providers", "cpu")
     assert result.exit_code == 1, result.output
     assert "allowed 1e-05" in result.output
+    assert "not compared: one.plan (--providers leaves TensorRT's plans out)" in result.output
 
 
 def test_scores_that_are_no_numbers_are_an_error(run: Path, exported: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.export.rescore import CANDIDATES, rescore
+from compress.export.rescore import candidate_count, rescore
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -17,8 +17,10 @@ helper, numpy_helper = onnx.helper, onnx.numpy_helper
 
 
 def scoring(items: int, k: int, *, inside: bool = True) -> Any:
-    """Rows to the best k of a table of ``items`` and the padding row, whose bias keeps it out."""
+    """Rows to the best k of a table of ``items``, ties among them, and the padding row, whose bias keeps it out."""
     table = np.random.default_rng(0).standard_normal((items + 1, WIDTH)).astype(np.float32)
+    # Every other item has a twin.
+    table[2::4] = table[1::4][: len(table[2::4])]
     bias = np.zeros(items + 1, np.float32)
     bias[0] = -3e4
     stored = [("bias", bias), ("count", np.array([k], np.int64)), *([("table", table)] if inside else [])]
@@ -64,6 +66,7 @@ def test_lists_are_those_of_exact_scores(items: int, k: int, users: int) -> None
     assert rescore(model) == "score"
     round_scores(model, 4.0)
     found, chosen = run(model, rows)
+    # Also of equal scores, the lower id first.
     np.testing.assert_array_equal(chosen, best)
     np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-6)
 
@@ -79,7 +82,8 @@ def test_few_rows_of_the_table_are_read_again() -> None:
     model = scoring(500, 10)
     rescore(model)
     counts = [numpy_helper.to_array(each) for each in model.graph.initializer if each.name == "rescored_count"]
-    assert counts == [CANDIDATES * 10]
+    assert counts == [80]
+    assert [candidate_count(k, 501) for k in (1, 40, 41, 250, 300)] == [80, 80, 82, 500, 501]
 
 
 def test_what_cannot_be_rounded_stays_as_it_is() -> None:

@@ -49,7 +49,7 @@ def test_all_but_the_plan_is_written_and_the_status_is_3(run: Path, tmp_path: Pa
     assert f"sh {out / 'build.sh'}" in str(result.exception)
     graph = next(out.glob("*.onnx"))
     assert {path.name for path in out.iterdir()} == {graph.name, "export.json", "tensorrt.json", "build.sh"}
-    assert f"the same with trtexec: trtexec --onnx={graph.name}" in result.output
+    assert f"which all is there): trtexec --onnx={graph.name}" in result.output
     assert json.loads((out / "tensorrt.json").read_text())["options"]["weights"] == "refit"
     # Another export may replace the folder, files of TensorRT and all; a foreign file keeps it.
     (out / f"{graph.stem}.0123456789abcdef.plan").write_bytes(b"an older plan")

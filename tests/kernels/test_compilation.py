@@ -31,7 +31,7 @@ def native() -> dict[str, Any]:
     script = "import json, toy_kernels; print(json.dumps(toy_kernels.report(jobs=2)))"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
 

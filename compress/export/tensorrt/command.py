@@ -55,6 +55,6 @@ def build_plans(
     for note in exported.notes:
         report(f"note: {note}")
     for command in exported.trtexec.values():
-        report(f"the same with trtexec: {command}")
+        report(f"the same with trtexec (of TensorRT 11: without --stronglyTyped, which all is there): {command}")
     for plan in exported.require_plans().values():
         report(f"wrote {plan}")
