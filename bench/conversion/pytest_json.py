@@ -28,6 +28,12 @@ from bench.record import TimingSummary
 
 RECORD, POSITION, UNTIMED, MACHINE = "adrec_record", "adrec_position", "adrec_untimed", "adrec"
 NOT_MEASURED = "not measured by pytest-benchmark"
+NO_ACCURACY = {
+    "kernel": "a kernel alone ranks nothing",
+    "engine": "models with random weights learned nothing",
+    "scaling": "models with random weights learned nothing",
+    "training": "a step alone is timed; what training leads to, `adrec train` and `adrec evaluate` say",
+}
 OPTIONS = {
     "disable_gc": False,
     "timer": "perf_counter",
@@ -136,13 +142,19 @@ def _not_json(text: str, reason: str) -> str:
 
 
 def describe_benchmark(benchmark: Any, record: AnyRecord) -> None:
-    """Give a fixture of pytest-benchmark the identity of a record, whose machine and timing the file itself holds."""
+    """Give a fixture of pytest-benchmark the identity of a record, whose machine the file itself holds.
+
+    Before the measurement, which copies the names. Its timing follows from the file's samples where the record is of a
+    trade-off or of a kernel; of other kinds, call this again with the complete record.
+    """
     (row,) = rows_in(record)
     content = record.model_dump(mode="json")
     del content["environment"]
-    for name, value in identity(record.kind, row).items():
+    found = identity(record.kind, row)
+    # What is measured already shares this dictionary.
+    benchmark.extra_info.update(found.pop("extra_info"), **{RECORD: content})
+    for name, value in found.items():
         setattr(benchmark, name, value)
-    benchmark.extra_info = {**benchmark.extra_info, RECORD: content}
 
 
 def identity(kind: str, row: Row) -> dict[str, Any]:
@@ -158,6 +170,9 @@ def identity(kind: str, row: Row) -> dict[str, Any]:
         extra["accuracy_measured_with"] = row.accuracy.measured_with
         extra["top20_overlap"] = row.accuracy.top20_overlap_fraction
         extra["engine_agreement"] = row.accuracy.engine_agreement_fraction
+    else:
+        missing = "it was not measured"
+        extra["accuracy_missing"] = missing if row.weights else NO_ACCURACY.get(kind, missing)
     if row.weights:
         extra["model_fingerprint"] = row.weights
     return {

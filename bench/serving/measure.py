@@ -68,6 +68,7 @@ class ServingBench:
     command: str
     timeline: Timeline = field(default_factory=WallTimeline)
     with_accuracy: bool = True
+    clock: str = "wall clock"
     environment: Environment = field(default_factory=read_environment)
     _books: dict[str, AccuracyBook] = field(default_factory=dict)
     _engines: dict[str, Engine] = field(default_factory=dict)
@@ -79,7 +80,7 @@ class ServingBench:
         error, rate = None, self.policy.rate
         try:
             engine = self._engine(engine_name)
-            serve = partial(self._serve, engine, steps)
+            serve = partial(self.serve, engine, steps)
             # Warm up, at both ends of the batch sizes that will occur.
             for size in (1, self.policy.batch_most):
                 serve(range(size))
@@ -90,6 +91,20 @@ class ServingBench:
                 accuracy = self._accuracy(engine, steps)
         except Exception as problem:
             error = describe_error(problem)
+        return self.row(scenario, engine_name, steps, summary, accuracy, error=error, rate=rate)
+
+    def row(
+        self,
+        scenario: Scenario,
+        engine_name: str,
+        steps: Steps,
+        summary: ServingSummary | None,
+        accuracy: Accuracy | None,
+        *,
+        error: str | None = None,
+        rate: float | None = None,
+    ) -> ServingRecord:
+        """The record of what was measured here. rate: arrivals a second of the scenario with a server."""
         policy, subject, kind = self.policy, self.subject, ENGINES.get(engine_name)
         lengths = subject.examples.histories.lengths.clamp(max=subject.run.config.max_length)
         return ServingRecord(
@@ -121,7 +136,7 @@ class ServingBench:
             model_fingerprint=subject.run.fingerprint,
             device=str(self.device),
             threads=self.environment.machine.threads,
-            clock="wall clock",
+            clock=self.clock,
             results_per_user=self._results,
             environment=self.environment,
             command=self.command,
@@ -136,7 +151,8 @@ class ServingBench:
             self._engines[name] = make_engine(name, self.subject.run.model.eval().to(self.device))
         return self._engines[name]
 
-    def _serve(self, engine: Engine, steps: Steps, numbers: range) -> object:
+    def serve(self, engine: Engine, steps: Steps, numbers: range) -> object:
+        """Answer the queries of these numbers in one batch; the policy's seed draws their users from the data."""
         users = self._users[torch.arange(numbers.start, numbers.stop) % QUERY_HISTORIES]
         histories = self.subject.examples.histories.select(users)
         # To the host: a query is answered when its caller can read it.

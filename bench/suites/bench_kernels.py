@@ -1,12 +1,14 @@
 """Every kernel at its smallest shape: `pytest bench/suites --benchmark-only`.
 
-On a GPU the kernel and its eager twin; on a CPU the twin alone, since kernels run there in Triton's interpreter only.
-Time is the host's, so that a kernel's row holds its launch too: `adrec bench kernels` times the device.
+With --adrec-device cuda the kernel and its eager twin; on a CPU the twin alone, since kernels run there in Triton's
+interpreter only. Time is the host's, so that a kernel's row holds its launch too; `adrec bench kernels` times the
+device.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -18,11 +20,9 @@ from bench.kernels.measure import compare_results, now_utc
 from bench.kernels.records import CPU_NOTE, KernelRecord, Roof
 from bench.kernels.selection import dtype_name
 from bench.suites.measured import measuring
-from kernels import _runtime
 from kernels.inventory import Case, Cost, entries
 
-NATIVE = torch.cuda.is_available() and _runtime.AVAILABLE and not _runtime.INTERPRETED
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOW_SECONDS = 0.3
 
 
 def smallest_cases() -> list[Case]:
@@ -40,28 +40,33 @@ def identifier(case: Case) -> str:
     return f"{case.entry.name}-{case.shape_name}-{dtype_name(case.dtype)}"
 
 
-@pytest.mark.parametrize("path", ["kernel", "eager twin"] if NATIVE else ["eager twin"])
 @pytest.mark.parametrize("case", smallest_cases(), ids=identifier)
-def test_kernel(benchmark: Any, case: Case, path: str) -> None:
+def test_kernel(benchmark: Any, device: torch.device, case: Case, path: str) -> None:
     """Time one path; `extra_info` holds the setting, the least work, and the kernel's difference to its twin."""
-    inputs = case.entry.inputs(case.shape, case.dtype, DEVICE)
+    inputs = case.entry.inputs(case.shape, case.dtype, device)
     function = case.entry.run if path == "kernel" else case.entry.twin
     cost = case.entry.cost(case.shape, case.dtype)
-    ratio, different = compare_results(function(**inputs), case.entry.twin(**inputs))
 
     def call() -> Any:
         result = function(**inputs)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return result
 
-    describe_benchmark(benchmark, row(case, path, cost, ratio, different))
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    started = time.perf_counter()
+    found = call()
+    slow = time.perf_counter() - started > SLOW_SECONDS
+    ratio, different = compare_results(found, case.entry.twin(**inputs) if path == "kernel" else found)
+    describe_benchmark(benchmark, row(case, path, device, cost, ratio, different))
+    # Its first call was the warm-up.
+    benchmark.pedantic(call, rounds=3 if slow else 5)
 
 
-def row(case: Case, path: str, cost: Cost, ratio: float | None, different: float | None) -> KernelRecord:
+def row(
+    case: Case, path: str, device: torch.device, cost: Cost, ratio: float | None, different: float | None
+) -> KernelRecord:
     """The row of a case without its timing, which pytest-benchmark measures."""
-    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return KernelRecord(
         measured_at_utc=now_utc(),
         path=path,
@@ -72,7 +77,7 @@ def row(case: Case, path: str, cost: Cost, ratio: float | None, different: float
             floor_fraction=None, gigabytes_per_second=None,
         ),
         error=None,
-        protocol=measuring(str(DEVICE), name),
+        protocol=measuring(str(device), name),
         environment=read_environment(),
         command=printable_command(sys.argv),
         kernel=case.entry.name,
@@ -81,5 +86,5 @@ def row(case: Case, path: str, cost: Cost, ratio: float | None, different: float
         dtype=dtype_name(case.dtype),
         rms_ratio=ratio,
         different_integers=different,
-        note=CPU_NOTE if DEVICE.type == "cpu" else None,
+        note=CPU_NOTE if device.type == "cpu" else None,
     )  # fmt: skip

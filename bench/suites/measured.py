@@ -1,4 +1,4 @@
-"""What the engines' suite measures: a trained run with its data, one's own or a small one trained on synthetic data."""
+"""What the suites measure: a trained run with its data, one's own or a small one trained on synthetic data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import pytest
+import torch
+
 from adrec.data.jagged import Jagged
-from adrec.engines import Engine, make_engine
+from adrec.engines import ENGINES, Engine, make_engine
 from adrec.environment import printable_command, read_environment
 from adrec.errors import NotSupportedError
 from adrec.models.base import SequenceModel
@@ -18,22 +21,34 @@ from bench.kernels.records import Measuring
 from bench.kernels.selection import dtype_name
 from bench.record import Accuracy, MeasuringProtocol, TradeoffRecord
 from bench.subject import Subject, draw_batches, load_subject
+from kernels import _runtime
 
 USERS, ITEMS, MEAN_LENGTH = 400, 200, 8.0
 # Seconds of training, whose accuracy tells one step count from another; 32 steps as in the paper.
 MODEL = {"items": ITEMS, "width": 32, "timesteps": 32}
 STAGE = {"epochs": 4, "cosine_epochs": 4, "validate_every": 4, "learning_rate": 5e-3}
 TRAIN = {"batch_size": 64, "warmup_epochs": 1, "pretrain": STAGE, "main": STAGE}
+MOST_EXPORTED_STEPS = 4
+CPU = torch.device("cpu")
 CLOCK = "pytest-benchmark's timer"
 
 
 @dataclass
 class Measured:
-    """A run, its engines and their accuracies, each made or measured once."""
+    """A run, its engines and their accuracies, each made or measured once. small: no run was given."""
 
     subject: Subject
+    device: torch.device
+    small: bool = False
     _engines: dict[str, Engine] = field(default_factory=dict)
     _accuracies: dict[tuple[str, int], Accuracy] = field(default_factory=dict)
+
+    def check_steps(self, steps: int, engine_name: str) -> None:
+        """Skip the test of a step count that the run does not have, or whose export takes longer than all the rest."""
+        if steps > self.model.config.timesteps:
+            pytest.skip(f"the run was trained with {self.model.config.timesteps} steps")
+        if self.small and steps > MOST_EXPORTED_STEPS and ENGINES[engine_name].exports:
+            pytest.skip(f"exporting {steps} steps can take a minute; give a run with --adrec-run to have it measured")
 
     @property
     def model(self) -> SequenceModel:
@@ -78,7 +93,8 @@ class Measured:
             error=None,
             protocol=MeasuringProtocol(
                 clock=CLOCK, interleaved=False, seconds_per_cell=0.0, rounds_minimum=1, warmup_calls=1,
-                threads=environment.machine.threads, device="cpu", distinct_batches=1, results_per_user=RESULTS,
+                threads=environment.machine.threads, device=str(self.device), distinct_batches=1,
+                results_per_user=RESULTS,
             ),
             dataset_name=subject.dataset.name,
             dataset_fingerprint=subject.dataset.fingerprint,
@@ -107,15 +123,23 @@ def trained_run(folder: Path) -> Path:
     return run
 
 
-def subject_of_run(run: Path, data: Path | None, users: int | None) -> Measured:
+def subject_of_run(
+    run: Path, data: Path | None, users: int | None, device: torch.device = CPU, *, small: bool = False
+) -> Measured:
     """A trained run and real histories of its test split; raises NotSupportedError for one without reverse steps."""
     subject = load_subject(run, data, "test", users)
     if subject.run.config.model != "adrec":
         raise NotSupportedError(
             f"a run of {subject.run.config.model!r} has no steps; give the folder of an 'adrec' run"
         )
-    subject.run.model.eval()
-    return Measured(subject)
+    subject.run.model.eval().to(device)
+    return Measured(subject, device, small)
+
+
+def kernel_paths(device: torch.device) -> list[str]:
+    """The paths of a kernel that run on a device at their own speed."""
+    native = device.type == "cuda" and _runtime.AVAILABLE and not _runtime.INTERPRETED
+    return ["kernel", "eager twin"] if native else ["eager twin"]
 
 
 def measuring(device: str = "cpu", device_name: str = "") -> Measuring:

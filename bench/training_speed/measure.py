@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import numpy as np
@@ -18,6 +18,7 @@ from adrec.config import ModelConfig, OptimiserConfig, TrainConfig
 from adrec.data.dataset import Dataset
 from adrec.environment import Environment, read_environment
 from adrec.models import build_model
+from adrec.models.base import TokenBatch
 from adrec.training.module import StageModule
 from adrec.training.stages import quiet_lightning
 from bench.kernels.measure import now_utc
@@ -28,6 +29,7 @@ from bench.training_speed.record import TrainingRecord, TrainingTiming
 WARM_UP, WINDOWS = 3, 20
 
 Report = Callable[[float, float], None]
+Stage = TypeVar("Stage", bound=StageModule)
 
 
 class StepTimes(Callback):
@@ -47,12 +49,16 @@ class StepTimes(Callback):
         now = time.perf_counter()
         if self._ended is not None:
             self.seconds.append(now - self._ended)
-            self.tokens.append(batch.targets.numel())
-            self.users.append(batch.layout.lengths.numel())
+            self.count(batch)
             self.report(sum(self.seconds), sum(self.seconds) * (self.steps + WARM_UP) / len(self.seconds))
         self._ended = now
         if len(self.seconds) >= self.steps + WARM_UP:
             trainer.should_stop = True
+
+    def count(self, batch: TokenBatch) -> None:
+        """Add the tokens and users of a batch."""
+        self.tokens.append(batch.targets.numel())
+        self.users.append(batch.layout.lengths.numel())
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """What happens between epochs is no part of a step."""
@@ -67,6 +73,7 @@ class TrainingBench:
     device: torch.device
     command: str
     steps: int = 60
+    clock: str = "wall clock"
     environment: Environment = field(default_factory=read_environment)
 
     def record(self, config: ModelConfig, batch_size: int, precision: str, report: Report) -> TrainingRecord:
@@ -76,6 +83,12 @@ class TrainingBench:
             timing = self._timing(config, batch_size, precision, report)
         except Exception as problem:
             error = describe_error(problem)
+        return self.row(config, batch_size, precision, timing, error)
+
+    def row(
+        self, config: ModelConfig, batch_size: int, precision: str, timing: TrainingTiming | None, error: str | None
+    ) -> TrainingRecord:
+        """The record of what was measured here."""
         return TrainingRecord(
             measured_at_utc=now_utc(),
             model=config.model,
@@ -89,28 +102,40 @@ class TrainingBench:
             dataset_fingerprint=self.dataset.fingerprint,
             device=str(self.device),
             threads=self.environment.machine.threads,
-            clock="wall clock",
+            clock=self.clock,
             environment=self.environment,
             command=self.command,
         )
 
     def _timing(self, config: ModelConfig, batch_size: int, precision: str, report: Report) -> TrainingTiming:
+        module = self.stage(StageModule, config, batch_size, precision)
+        epoch_steps = self.epoch_steps(batch_size)
+        times = StepTimes(self.steps, self.device, report)
+        # An epoch's first step is not timed, so that short epochs need more of them.
+        epochs = 2 + (self.steps + WARM_UP) // max(1, epoch_steps - 1)
+        return summarise(times, epoch_steps, *self.fit(module, epochs, [times]))
+
+    def epoch_steps(self, batch_size: int) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(len(self.dataset.training_sequences()) / batch_size)
+
+    def stage(self, kind: type[Stage], config: ModelConfig, batch_size: int, precision: str) -> Stage:
+        """A model of random weights with its data, in a class of stages."""
         torch.manual_seed(0)
         train = TrainConfig.model_validate({"batch_size": batch_size, "precision": precision})
-        model = build_model(config)
-        module = StageModule(model, self.dataset, train, OptimiserConfig(), "main")
-        epoch_steps = math.ceil(len(self.dataset.training_sequences()) / batch_size)
-        times = StepTimes(self.steps, self.device, report)
+        return kind(build_model(config), self.dataset, train, OptimiserConfig(), "main")
+
+    def fit(self, module: StageModule, epochs: int, callbacks: list[Callback]) -> tuple[float | None, str]:
+        """Train without validation until the epochs end or something stops it; peak memory in MiB, and its meaning."""
         with quiet_lightning():
             trainer = lightning.Trainer(
                 accelerator=self.device.type,
                 devices=1,
-                precision=train.precision,
-                # An epoch's first step is not timed, so that short epochs need more of them.
-                max_epochs=2 + (self.steps + WARM_UP) // max(1, epoch_steps - 1),
+                precision=module.train_config.precision,
+                max_epochs=epochs,
                 limit_val_batches=0,
                 num_sanity_val_steps=0,
-                callbacks=[times],
+                callbacks=callbacks,
                 logger=False,
                 enable_checkpointing=False,
                 use_distributed_sampler=False,
@@ -118,8 +143,7 @@ class TrainingBench:
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-            memory, meaning = peak_memory_mib(partial(trainer.fit, module), self.device)
-        return summarise(times, epoch_steps, memory, meaning)
+            return peak_memory_mib(partial(trainer.fit, module), self.device)
 
 
 def summarise(times: StepTimes, epoch_steps: int, memory: float | None, meaning: str) -> TrainingTiming:

@@ -28,7 +28,9 @@ from bench.kernels.engine_sweep import Axes, EngineSweep
 from bench.kernels.measure import Timer
 from bench.record import TradeoffRecord
 from bench.running.registry import engines_here
+from bench.serving.records import ServingRecord
 from bench.timing import Clock, TimingProtocol
+from bench.training_speed.record import TrainingRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,9 +152,12 @@ def test_command_line(records: list[AnyRecord], tmp_path: Path) -> None:
         raise invoke(str(tmp_path / "none.json"), str(back)).exception
 
 
-def run_suite(run: Path, chosen: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """The benchmarks of engines whose names hold ``chosen``, on a run."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/suites/bench_engines.py"]
+def run_suite(
+    run: Path, chosen: str, *options: str, suites: Sequence[str] = ("bench_engines.py",)
+) -> subprocess.CompletedProcess[str]:
+    """The benchmarks of suites, by default of engines, whose names hold ``chosen``, on a run."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [f"bench/suites/{suite}" for suite in suites]
     command += ["--benchmark-only", f"--adrec-run={run}", "-k", chosen, *options]
     # Triton's interpreter, which other tests switch on, is no engine to time; benchmarks are off in pytest-xdist.
     environment = {
@@ -200,6 +205,41 @@ def test_records_are_a_baseline_of_the_suite_and_its_file_gives_them_back(
     assert again["stats"]["median"] == pytest.approx(first["stats"]["median"], rel=1e-6)
     slow = run_suite(tiny_run, chosen, as_baseline(found, 1e3, tmp_path / "0002_own.json"), fail)
     assert slow.returncode == 0, slow.stdout + slow.stderr
+
+
+def test_serving_and_training_convert_both_ways(tmp_path: Path, tiny_run: Path) -> None:
+    """Their records are whole in the file: nothing is told from its samples alone, and they come back as they went."""
+    out = tmp_path / "out.json"
+    suites = ("bench_serving.py", "bench_training.py")
+    done = run_suite(tiny_run, "cached-steps1 or adrec", f"--benchmark-json={out}", suites=suites)
+    assert done.returncode == 0, done.stdout + done.stderr
+    measured = json.loads(out.read_text())
+    found = records_of(measured, "out.json")
+    assert records_of(json.loads(json.dumps(pytest_json(found))), "again.json") == found
+    stream, offline, training = found
+    for record, queries, batch in ((stream, 64, 1), (offline, 8, 32)):
+        assert isinstance(record, ServingRecord)
+        assert record.summary is not None
+        assert (record.engine, record.steps, record.demand.batch_most) == ("cached", 1, batch)
+        assert (record.summary.queries, record.summary.valid) == (queries * batch, True)
+        assert record.accuracy is not None
+    assert isinstance(training, TrainingRecord)
+    assert training.timing is not None
+    assert training.timing.steps == 20
+    for first, again in zip(measured["benchmarks"], pytest_json(found)["benchmarks"], strict=True):
+        for name in ("group", "name", "fullname", "params", "param"):
+            assert again[name] == first[name]
+    infos = [each["extra_info"] for each in measured["benchmarks"]]
+    assert {"scenario": "single stream", "engine": "cached", "steps": "1", "batch": "1"}.items() <= infos[0].items()
+    assert infos[1]["model_fingerprint"] == offline.model_dump()["model_fingerprint"]
+    assert infos[1]["accuracy"]["NDCG@20"] >= 0.0
+    assert "accuracy" not in infos[2]
+    assert "`adrec evaluate`" in infos[2]["accuracy_missing"]
+    # What the file's own samples say: tokens of all steps over their time.
+    samples = measured["benchmarks"][2]["stats"]["data"]
+    assert training.timing.step_ms_p50 == pytest.approx(1e3 * measured["benchmarks"][2]["stats"]["median"])
+    tokens = infos[2]["tokens_per_second"] * sum(samples)
+    assert tokens == pytest.approx(round(tokens))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(**options: Any) -> Any:
     """What pytest does before it collects."""
-    given = {"run": None, "data": None, "users": None} | options
+    given = {"run": None, "data": None, "users": None, "device": "cpu"} | options
     stash = pytest.Stash()
     config = SimpleNamespace(getoption=lambda name: given[name.removeprefix("--adrec-")], stash=stash)
     conftest.pytest_sessionstart(SimpleNamespace(config=config))  # type: ignore[arg-type]
@@ -40,12 +40,16 @@ def test_a_run_is_loaded_before_anything_is_collected(tiny_run: Path) -> None:
         ({"run": "none"}, r"^--adrec-run \S+none: not a finished run"),
         ({"run": "run", "users": 0}, r"^--adrec-run \S+run: --adrec-users 0: at least 1 user is needed"),
         ({"run": "run", "data": "none"}, r"^--adrec-run \S+run: \S+none: .*"),
+        ({"device": "gpu"}, r"^--adrec-device: device is 'gpu'; allowed: cpu, cuda, or cuda:N"),
         ({"run": "run/baseline"}, r"^--adrec-run \S+baseline: a run of 'sasrec' has no steps"),
     ],
 )
 def test_wrong_options_are_usage_errors(tiny_run: Path, options: dict[str, Any], message: str) -> None:
     folder = tiny_run.parent
-    given = {name: folder / value if isinstance(value, str) else value for name, value in options.items()}
+    given = {
+        name: folder / value if isinstance(value, str) and name != "device" else value
+        for name, value in options.items()
+    }
     with pytest.raises(pytest.UsageError, match=message) as caught:
         start(**given)
     assert "\n" not in str(caught.value)
