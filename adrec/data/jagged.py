@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,10 +45,15 @@ class Jagged:
     def __getitem__(self, row: int) -> Tensor:
         return self.values[int(self.offsets[row]) : int(self.offsets[row + 1])]
 
-    @property
+    @cached_property
     def lengths(self) -> Tensor:
         """Row lengths, `[B]` int64."""
         return self.offsets[1:] - self.offsets[:-1]
+
+    @cached_property
+    def longest(self) -> int:
+        """Length of the longest row, 0 without rows."""
+        return int(self.lengths.max()) if len(self) else 0
 
     @property
     def rows(self) -> Tensor:
@@ -56,10 +62,9 @@ class Jagged:
 
     def tail(self, longest: int) -> Jagged:
         """Keep the last ``longest`` values of every row (the most recent part of a history)."""
-        lengths = self.lengths
-        if lengths.numel() == 0 or int(lengths.max()) <= longest:
+        if self.longest <= longest:
             return self
-        kept = lengths.clamp(max=longest)
+        kept = self.lengths.clamp(max=longest)
         return self._gather(self.offsets[1:] - kept, kept)
 
     def select(self, rows: Tensor) -> Jagged:
@@ -68,13 +73,17 @@ class Jagged:
 
     def padded(self, width: int) -> Tensor:
         """Left-pad to `[B, width]` with 0; every row must fit."""
+        if len(self) * width == self.values.numel():
+            return self.values.view(len(self), width)
         lengths = self.lengths
         out = self.values.new_zeros(len(self), width)
         out[torch.arange(width, device=out.device) >= width - lengths[:, None]] = self.values
         return out
 
     def to(self, device: torch.device | str) -> Jagged:
-        """Move to a device."""
+        """Move to a device; itself where it is there."""
+        if self.values.device == torch.device(device):
+            return self
         return Jagged(self.values.to(device), self.offsets.to(device))
 
     def _gather(self, starts: Tensor, lengths: Tensor) -> Jagged:

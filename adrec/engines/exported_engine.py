@@ -168,7 +168,10 @@ class ExportedEngine(Engine):
         items = torch.empty(state.size, k, dtype=torch.int64)
         scores = torch.empty(state.size, k)
         for rows, found in self._runs(graph, session, state, table, noise, ("items", "scores")):
-            items[rows], scores[rows] = found["items"][:, :k], found["scores"][:, :k]
+            if state.size == 1:
+                items, scores = found["items"][:, :k], found["scores"][:, :k]
+            else:
+                items[rows], scores[rows] = found["items"][:, :k], found["scores"][:, :k]
         return TopK(items.to(self.device), scores.to(self.device))
 
     def _runs(
@@ -182,12 +185,15 @@ class ExportedEngine(Engine):
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Input rows and outputs of each run, in no certain order."""
 
+        place = noise.values.device if isinstance(noise, ExplicitNoise) else torch.device("cpu")
+
         def given(rows: Tensor, histories: Jagged, columns: int) -> dict[str, np.ndarray]:
-            return request_inputs(graph, histories, table, noise, rows, self.model, columns)
+            theirs = noise if state.size == 1 else noise.select(rows.to(place))
+            return request_inputs(graph, histories, table, theirs, self.model, columns)
 
         # All widths first: where a run of the request is not possible, none is started.
         parts = [
-            (rows, histories, self.columns(session, len(rows), int(histories.lengths.max())))
+            (rows, histories, self.columns(session, len(rows), histories.longest))
             for rows, histories in self._parts(state, self.most_users(session))
         ]
         if self.concurrent == 1 or len(parts) == 1:
@@ -205,7 +211,7 @@ class ExportedEngine(Engine):
 
     def _parts(self, state: PaddedGroups, most_users: int | None) -> list[tuple[Tensor, Jagged]]:
         """Rows and histories of each run: groups, cut where one would outlast its share of the concurrent runs."""
-        tokens = [len(rows) * int(each.lengths.max()) for rows, each in zip(state.rows, state.histories, strict=True)]
+        tokens = [len(rows) * each.longest for rows, each in zip(state.rows, state.histories, strict=True)]
         parts = []
         for rows, histories, size in zip(state.rows, state.histories, tokens, strict=True):
             pieces = math.ceil(size * self.concurrent / sum(tokens))
@@ -292,11 +298,10 @@ def request_inputs(
     histories: Jagged,
     table: DiffusionTable | None,
     noise: PhiloxNoise | ExplicitNoise,
-    rows: Tensor,
     model: SequenceModel,
     columns: int,
 ) -> dict[str, np.ndarray]:
-    """What a graph is given for one group. rows: the group's rows `[U]` in the noise. columns: longest or more."""
+    """What a graph is given for one group of `U` histories. noise: theirs. columns: the longest history, or more."""
     kinds = {spec.name: spec.dtype for spec in graph.inputs}
     names = set(kinds)
     items, inputs = histories.padded(columns), {"lengths": histories.lengths.numpy()}
@@ -306,14 +311,13 @@ def request_inputs(
         rows_of_table = model.table.detach().cpu()[items]
         inputs["embedded"] = rows_of_table.to(getattr(torch, kinds["embedded"])).numpy()
     if "noise" in names and table is not None:
-        source = noise.select(rows.to(noise.values.device if isinstance(noise, ExplicitNoise) else "cpu"))
         drawn = torch.zeros(table.steps + 1, len(histories), model.config.width)
         if table.starts_noisy:
-            drawn[0] = source(0)
+            drawn[0] = noise(0)
         for row in range(1, table.steps):
             # Rows that no coefficient reads stay zero: nothing is drawn for them.
             if float(table.sigma[row]) != 0.0:
-                drawn[table.steps - row] = source(table.steps - row)
+                drawn[table.steps - row] = noise(table.steps - row)
         inputs["noise"] = drawn.numpy()
     if "times" in names and table is not None:
         coefficients = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)

@@ -72,7 +72,6 @@ def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, see
         return []
     histories = histories.select(torch.arange(min(MOST_USERS, len(histories)))).tail(source.config.max_length)
     noise = PhiloxNoise(seed, history_keys(histories), source.config.width)
-    everyone, longest = torch.arange(len(histories)), int(histories.lengths.max())
     out.mkdir(parents=True, exist_ok=True)
     saved = []
     for graph in graphs:
@@ -81,7 +80,7 @@ def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, see
         )
         table = engine.table(plans_of(graph, source)[-1])
         _, session = engine.session(table)
-        inputs = request_inputs(graph, histories, table, noise, everyone, source.model, longest)
+        inputs = request_inputs(graph, histories, table, noise, source.model, histories.longest)
         given = {spec.name: inputs[spec.name] for spec in graph.inputs}
         names = [spec.name for spec in graph.outputs]
         values = dict(zip(names, session.run(names, given), strict=True))

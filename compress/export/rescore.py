@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-LEAST_CANDIDATES = 80
+LEAST_CANDIDATES = 40
 
 
 def candidate_count(k: int, rows: int) -> int:
