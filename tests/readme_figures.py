@@ -248,6 +248,18 @@ def today() -> Values:
     )  # fmt: skip
 
 
+def catalogues() -> Values:
+    rows = records("engines-aotinductor-cpu-avx2.jsonl")
+
+    def milliseconds(path: str, items: int) -> float:
+        timing = one(rows, path=path, items=items, batch_size_users=1, steps=1)["timing"]
+        return float(timing["latency_us_p50"]) / 1000
+
+    paths = ("onnxruntime-int8", "onnxruntime", "cached")
+    large, small = ([milliseconds(path, items) for path in paths] for items in (1_000_000, 6086))
+    return *large, *small, milliseconds("aotinductor", 6086)
+
+
 def epoch_seconds(model: str) -> float:
     rows = records("training-beauty-cpu-avx2.jsonl")
     return float(one(rows, model=model, batch_size_users=128, precision="32-true")["timing"]["epoch_seconds"])
@@ -278,6 +290,8 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
     ("Few calls stand behind the slow rows ({} rounds)", slow_rounds),
     ("ONNX Runtime takes one user {} ms, p99 {} ms, and 512 users {} ms, in int8 {} ms; `reference` at 32 steps takes"
      " {} s, compiled {} s", today),
+    ("one user of a million items takes {} ms, in float32 {} ms and in `cached` {} ms; of Beauty's size {} ms, {} ms"
+     " and {} ms, and in `aotinductor` {} ms", catalogues),
     ("an epoch of Beauty takes {} s in stage 1 and {} s in the main stage", lambda: (
         epoch_seconds("sasrec"), epoch_seconds("adrec"))),
     ("compiles for sm_{}, {}, {}, {} and {} without spills (`bench/records/kernels-compiled.json`",
