@@ -112,7 +112,7 @@ def printable_command(arguments: Sequence[str], folder: Path | None = None) -> s
 def _machine() -> Machine:
     return Machine(
         processor=_processor(),
-        instructions=_instructions(),
+        instructions=processor_instructions(),
         cores_physical=_physical_cores(),
         cores_logical=os.cpu_count() or 1,
         cores_usable=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -137,7 +137,7 @@ def _processor() -> str:
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
-def _instructions() -> str | None:
+def processor_instructions() -> str | None:
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _text("/proc/cpuinfo") or "", re.MULTILINE)
     return None if found is None else " ".join(sorted(set(found.group(1).split()) & INSTRUCTIONS))
 

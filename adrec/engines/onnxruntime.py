@@ -18,6 +18,7 @@ from torch import Tensor
 from adrec.engines.exported import ExportError, GraphFile, GraphFormat, Precision
 from adrec.engines.exported_engine import ExportedEngine
 from adrec.engines.onnx_placement import RECORD, check_placement
+from adrec.environment import processor_instructions
 from adrec.errors import ConfigError, NotSupportedError, nearest
 from adrec.models.base import SequenceModel
 
@@ -80,6 +81,8 @@ class OnnxRuntimeEngine(ExportedEngine):
             self.concurrent = self.threads
 
     def open(self, path: Path) -> Any:
+        if self.precision == "int8-dynamic":
+            check_integer_products(self.runtime)
         within = self.threads if self.concurrent == 1 else 1
         return make_session(self.runtime, path, self.provider, within, self.provider_options)
 
@@ -172,6 +175,20 @@ def check_provider(runtime: ModuleType, name: str) -> str:
             " pip install onnxruntime-gpu for CUDA and TensorRT, or use provider 'cpu'"
         )
     return PROVIDERS[name]
+
+
+def check_integer_products(runtime: ModuleType) -> None:
+    """Raise NotSupportedError where ONNX Runtime multiplies integers wrongly.
+
+    Before 1.25 it chose the wrong kernels on processors with AVX-VNNI or AMX (onnxruntime pull request 27671).
+    """
+    version = tuple(int(part) for part in runtime.__version__.split(".")[:2])
+    found = {"avx_vnni", "amx_int8"} & set((processor_instructions() or "").split())
+    if version < (1, 25) and found:
+        raise NotSupportedError(
+            f"ONNX Runtime {runtime.__version__} multiplies integers wrongly on processors with"
+            f" {', '.join(sorted(found))}; use 1.25 or newer (Python 3.11 or newer), or engine 'onnxruntime'"
+        )
 
 
 def make_session(

@@ -20,11 +20,11 @@ from adrec.engines import ENGINES, CachedEngine, OnnxRuntimeEngine, exact_engine
 from adrec.engines import onnxruntime as module
 from adrec.engines.exported import ExportError, load_manifest
 from adrec.engines.exported_engine import group_bounds
-from adrec.engines.onnxruntime import check_provider, load_onnxruntime, run_bound
+from adrec.engines.onnxruntime import check_integer_products, check_provider, load_onnxruntime, run_bound
 from adrec.errors import ConfigError, NotSupportedError
 from adrec.models.base import SequenceModel
 
-pytest.importorskip("onnx")
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
@@ -205,6 +205,43 @@ def test_a_session_of_another_provider_is_an_error(
         ExportError, match=r"runs it with CPUExecutionProvider, not with CUDAExecutionProvider|cannot load"
     ):
         loaded.recommend(histories_of([2]), 1, 2)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_sums_of_unsigned_bytes_do_not_saturate(rows: int) -> None:
+    """What int8 graphs rely on: every product is 255 x 255, and pairs of them fit no 16 bits."""
+    inner, columns = 128, 48
+    weight = onnx.numpy_helper.from_array(np.full((inner, columns), 255, np.uint8), "weight")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulInteger", ["given", "weight"], ["found"])],
+        "product",
+        [onnx.helper.make_tensor_value_info("given", onnx.TensorProto.UINT8, [rows, inner])],
+        [onnx.helper.make_tensor_value_info("found", onnx.TensorProto.INT32, [rows, columns])],
+        [weight],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = load_onnxruntime().InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"given": np.full((rows, inner), 255, np.uint8)})
+    assert (found == inner * 255 * 255).all()
+
+
+@pytest.mark.parametrize(
+    ("version", "instructions", "refused"),
+    [
+        ("1.23.2", "amx_int8 avx2 avx512_vnni", "amx_int8"), ("1.24.4", "avx2 avx_vnni", "avx_vnni"),
+        ("1.25.0", "amx_int8 avx_vnni", None), ("1.23.2", "avx2 avx512_vnni", None), ("1.23.2", None, None),
+    ],
+)  # fmt: skip
+def test_integer_products_that_come_out_wrong_are_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str, instructions: str | None, refused: str | None
+) -> None:
+    monkeypatch.setattr(module, "processor_instructions", lambda: instructions)
+    runtime: Any = SimpleNamespace(__version__=version)
+    if refused is None:
+        check_integer_products(runtime)
+        return
+    with pytest.raises(NotSupportedError, match=f"{version} multiplies integers wrongly on processors with {refused};"):
+        check_integer_products(runtime)
 
 
 def test_names_and_precisions() -> None:
