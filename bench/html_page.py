@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +30,7 @@ def render_page(
         # "<" would let a value end the script element.
         "figures": json.dumps(figures, allow_nan=False).replace("<", "\\u003c"),
     }
-    template = resources.files("bench").joinpath("report_template.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     # One pass: a value that looks like a placeholder is not replaced again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match.group(1)], template)
 

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from adrec.errors import AdrecError, DataError
+from bench import html_page
 from bench.chart import FRONT_STYLE
 from bench.charts import charts_of, latency_percentiles, roofline
 from bench.json_lines import json_line
@@ -351,7 +351,7 @@ def contrast(one: str, other: str) -> float:
 
 def _palettes() -> dict[str, dict[str, str]]:
     """Colours of the page by theme: its custom properties, and ``0`` to ``6`` of charts."""
-    template = resources.files("bench").joinpath("report_template.html").read_text(encoding="utf-8")
+    template = Path(html_page.__file__).with_name("report_template.html").read_text(encoding="utf-8")
     light, dark = re.findall(r"(--page:[^}]*)}", template)
     found = {}
     for name, properties in (("light", light), ("dark", dark)):
