@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from adrec.errors import AdrecError, DataError
-from bench import html_page
-from bench.chart import FRONT_STYLE
 from bench.charts import charts_of, latency_percentiles, roofline
 from bench.json_lines import json_line
 from bench.kernels.engine_sweep import request_cost
@@ -335,48 +333,3 @@ def test_plotly_takes_nothing_of_a_record_for_markup(tiny_records: list[Tradeoff
             # What the filters know a line by is never drawn.
             del trace["meta"]
             assert "<a" not in json.dumps(trace)
-
-
-def luminance(colour: str) -> float:
-    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG 2.2: 4.5 is asked of text, 3 of lines and controls."""
-    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
-
-
-def _palettes() -> dict[str, dict[str, str]]:
-    """Colours of the page by theme: its custom properties, and ``0`` to ``6`` of charts."""
-    template = Path(html_page.__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    light, dark = re.findall(r"(--page:[^}]*)}", template)
-    found = {}
-    for name, properties in (("light", light), ("dark", dark)):
-        line = re.search(rf"{name}: \[(.*?)\]", template)
-        assert line is not None
-        charts = {str(place): colour for place, colour in enumerate(re.findall(r"#\w{6}", line.group(1)))}
-        found[name] = {**dict(re.findall(r"--(\w+): (#\w{6})", properties)), **charts}
-    return found
-
-
-def test_contrast_function_is_that_of_wcag() -> None:
-    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
-    # The grey that just passes on white, and the one that just does not.
-    assert contrast("#767676", "#ffffff") >= 4.5 > contrast("#777777", "#ffffff")
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_and_lines_have_contrast(theme: str) -> None:
-    colours = _palettes()[theme]
-    assert len([name for name in colours if name.isdigit()]) == 7
-    for ground in ("page", "card"):
-        for name in ("text", "soft", "accent", "bad"):
-            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
-        assert contrast(colours["edge"], colours[ground]) >= 3.0
-    for style in range(7):
-        # Step counts beside the markers have the colour of their line; the Pareto line has no label.
-        least = 3.0 if style == FRONT_STYLE else 4.5
-        assert contrast(colours[str(style)], colours["card"]) >= least, style
