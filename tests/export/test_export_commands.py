@@ -300,7 +300,7 @@ def test_a_run_in_fewer_bits_says_what_its_graph_computes(
     settings = RunConfig(model=made.config, quantization=quantization_of(made))
     save_run(tmp_path / "run", settings, made, tiny_dataset, str(data), {})
     out = tmp_path / "out"
-    said = "the run stores int8: the graph computes with those numbers in float32; --int8 keeps the file small"
+    said = "the run stores int8: the graph computes with those numbers in float32\n"
     assert said in adrec("export", tmp_path / "run", "--out", out).output
     facts = {each.key: each.value for each in onnx.load(out / "request-fp32.onnx").metadata_props}
     assert facts["adrec.source_formats"] == "int8"
