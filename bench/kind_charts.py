@@ -86,11 +86,14 @@ def _served(records: Sequence[ServingRecord]) -> Chart:
     )
 
 
-def _data(record: EngineRecord) -> str:
-    return f"{record.trained.dataset_name} {record.trained.dataset_fingerprint[:8]}" if record.trained else ""
+def _data(record: EngineRecord) -> tuple[str, str]:
+    """Name and fingerprint of a run's data; both empty for random models."""
+    run = record.trained
+    return (run.dataset_name, run.dataset_fingerprint[:8]) if run else ("", "")
 
 
-def _engines(data: str, items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
+def _engines(data: tuple[str, str], items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
+    name, fingerprint = data
     lines = []
     for number, path in enumerate(dict.fromkeys(each.path for each in records)):
         points = sorted(
@@ -100,10 +103,10 @@ def _engines(data: str, items: int, steps: int, records: Sequence[EngineRecord])
         )
         lines.append(_styled(path, number, [x for x, _ in points], [y for _, y in points]))
     return Chart(
-        key=f"engines-{f'{data[-8:]}-' if data else ''}{items}-{steps}",
-        title=f"Time against batch, {f'{data[:-9]}, ' if data else ''}{items} items, {counted(steps, 'step')}",
+        key=f"engines-{f'{fingerprint}-' if name else ''}{items}-{steps}",
+        title=f"Time against batch, {f'{name}, ' if name else ''}{items} items, {counted(steps, 'step')}",
         note="Medians, histories of test users."
-        if data
+        if name
         else "Medians, random models: their times alone mean anything.",
         x_title="users in a batch",
         y_title="median latency (ms)",

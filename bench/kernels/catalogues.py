@@ -25,7 +25,7 @@ SEED = 0
 
 
 class Catalogue(Protocol):
-    """items: how many. longest: history in items that a model reads. trained: what rows say of a run, if it is one."""
+    """What a suite measures engines on: models of ``items`` items, and histories. trained: the run, if it is one."""
 
     @property
     def name(self) -> str: ...
