@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from adrec.config import ModelConfig, TrainConfig
 from adrec.data.jagged import Jagged
@@ -51,6 +51,9 @@ class Catalogue(Protocol):
     def accuracy(self, path: str, engine: Engine, steps: int | None) -> Accuracy | None:
         """Accuracy of a path at a step count (None: SASRec+), measured once; None for a model that learned nothing."""
 
+    def lists(self, histories: Jagged, steps: int | None, k: int, device: torch.device) -> Tensor | None:
+        """Top items of a batch, `[B, k]`, by the engine that accuracies are measured with; None like ``accuracy``."""
+
 
 @dataclass(frozen=True)
 class RandomCatalogue:
@@ -75,6 +78,9 @@ class RandomCatalogue:
         return random_histories(users, self.items, variant)
 
     def accuracy(self, path: str, engine: Engine, steps: int | None) -> Accuracy | None:
+        return None
+
+    def lists(self, histories: Jagged, steps: int | None, k: int, device: torch.device) -> Tensor | None:
         return None
 
 
@@ -144,6 +150,9 @@ class TrainedCatalogue:
             compared = book.engine if COMPILED in path else engine
             self._found[path, steps] = book.accuracy(steps, SEED, compared, exact)
         return self._found[path, steps]
+
+    def lists(self, histories: Jagged, steps: int | None, k: int, device: torch.device) -> Tensor:
+        return self._book(device, baseline=steps is None).engine.recommend(histories, k, steps=steps, seed=SEED).items
 
     def _book(self, device: torch.device, *, baseline: bool) -> AccuracyBook:
         """Evaluates the run (or its SASRec+) in `cached`: other float32 paths are compared with it on a few users."""

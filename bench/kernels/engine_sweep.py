@@ -172,25 +172,26 @@ class EngineSweep:
             overlap_with=reference or "",
             noise=noise,
             trained=catalogue.trained,
-            accuracy=_compared(accuracy, path, results) if isinstance(accuracy, Accuracy) else None,
+            accuracy=self._compared(accuracy, path, request, catalogue, found),
         )
 
+    def _compared(
+        self, accuracy: Accuracy | str | None, path: str, request: Request, catalogue: Catalogue, found: object
+    ) -> Accuracy | None:
+        """The accuracy of a compiled path with its agreement on the batch that it was compiled for; others as they are.
 
-def _compared(accuracy: Accuracy, path: str, results: Mapping[str, object]) -> Accuracy | None:
-    """The accuracy of a compiled path with its agreement on the batch that it was compiled for; others as they are.
-
-    None for a compiled path whose lists, or those of the engine that the accuracy was measured with, are not there.
-    """
-    if COMPILED not in path:
-        return accuracy
-    baseline = BASELINE if path.startswith(BASELINE) else ""
-    found = results.get(path)
-    overlap = _overlap(found, results.get(f"{baseline}{accuracy.measured_with}"))
-    if overlap is None or not isinstance(found, Tensor):
-        return None
-    agreement = {"engine_agreement_fraction": overlap, "engine_agreement_users": found.shape[0]}
-    overlap_with_exact = {"engine_top20_overlap_fraction": None, "engine_top20_overlap_users": 0}
-    return accuracy.model_copy(update=agreement | overlap_with_exact)
+        None for a compiled path whose own lists are not there.
+        """
+        if not isinstance(accuracy, Accuracy) or COMPILED not in path:
+            return accuracy if isinstance(accuracy, Accuracy) else None
+        steps = None if path.startswith(BASELINE) else request.steps
+        agreement = _overlap(found, catalogue.lists(request.histories, steps, request.k, self.timer.device))
+        if agreement is None:
+            return None
+        agreed = {"engine_agreement_fraction": agreement, "engine_agreement_users": len(request.histories)}
+        return accuracy.model_copy(
+            update=agreed | {"engine_top20_overlap_fraction": None, "engine_top20_overlap_users": 0}
+        )
 
 
 def _overlap(found: object, expected: object) -> float | None:
