@@ -49,7 +49,8 @@ def _growth(axis: str, records: Sequence[ScalingRecord]) -> Chart:
     lines = []
     for number, record in enumerate(records):
         points = [(float(point.value), point.timing.latency_us_p50 / 1e3) for point in record.points if point.timing]
-        lines.append(_styled(f"{record.path}{grows(record)}", number, [x for x, _ in points], [y for _, y in points]))
+        name, x, y = f"{record.path}{grows(record)}", [x for x, _ in points], [y for _, y in points]
+        lines.append(_styled(name, number, x, y, engine=record.path, precision=record.precision))
     return Chart(
         key=f"growth-{axis}",
         title=f"Time against {axis}",
@@ -71,7 +72,8 @@ def _served(records: Sequence[ServingRecord]) -> Chart:
             continue
         steps = "" if record.steps is None else f", {counted(record.steps, 'step')}"
         times = [summary.latency_ms_p50, summary.latency_ms_p90, summary.latency_ms_p95, summary.latency_ms_p99]
-        lines.append(_styled(f"{record.scenario}, {record.engine}{steps}", len(lines), places, times))
+        name = f"{record.scenario}, {record.engine}{steps}"
+        lines.append(_styled(name, len(lines), places, times, engine=record.engine, precision=record.precision))
     return Chart(
         key="percentiles",
         title="Percentiles of latency",
@@ -95,13 +97,14 @@ def _data(record: EngineRecord) -> tuple[str, str]:
 def _engines(data: tuple[str, str], items: int, steps: int, records: Sequence[EngineRecord]) -> Chart:
     name, fingerprint = data
     lines = []
-    for number, path in enumerate(dict.fromkeys(each.path for each in records)):
+    for number, (path, precision) in enumerate(dict.fromkeys((each.path, each.precision) for each in records)):
         points = sorted(
             (float(each.batch_size_users), each.timing.latency_us_p50 / 1e3)
             for each in records
-            if each.path == path and each.timing
+            if (each.path, each.precision) == (path, precision) and each.timing
         )
-        lines.append(_styled(path, number, [x for x, _ in points], [y for _, y in points]))
+        x, y = [x for x, _ in points], [y for _, y in points]
+        lines.append(_styled(path, number, x, y, engine=path, precision=precision))
     return Chart(
         key=f"engines-{f'{fingerprint}-' if name else ''}{items}-{steps}",
         title=f"Time against batch, {f'{name}, ' if name else ''}{items} items, {counted(steps, 'step')}",
@@ -136,6 +139,7 @@ def _compressed(size: int, records: Sequence[CompressRecord]) -> Chart:
                 low=[kept.low for _, kept, _ in points],
                 high=[kept.high for _, kept, _ in points],
                 connected=False,
+                engine=engine,
                 details=[f"{_network(each)}\n{time:.4g} ms, kept {interval(kept)} %" for time, kept, each in points],
             )
         )
@@ -162,7 +166,8 @@ def _trained(records: Sequence[TrainingRecord]) -> Chart:
             for each in records
             if (each.model, each.precision) == (model, precision) and each.timing
         )
-        lines.append(_styled(f"{model}, {precision}", number, [x for x, _ in points], [y for _, y in points]))
+        x, y = [x for x, _ in points], [y for _, y in points]
+        lines.append(_styled(f"{model}, {precision}", number, x, y, precision=precision))
     return Chart(
         key="training",
         title="Training speed against batch",

@@ -15,6 +15,7 @@ from bench.chart import Chart
 from bench.comparing.rows import Row, rows_in
 from bench.compression.record import CompressRecord
 from bench.compression.slower import slower_sentences
+from bench.filters import LEGENDS, filter_boxes, filter_group
 from bench.growth_table import growth_table
 from bench.html_tables import Cell, Head, TableRow, heading, sortable_table
 from bench.kernels.records import CPU_NOTE, EngineRecord, KernelRecord
@@ -83,11 +84,14 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
     growing = [record for record in records if isinstance(record, ScalingRecord)]
     fits = [("Fitted growth", f"fits-{index + 1}.csv", *growth_table(growing))] if growing else []
     tables = [*fits, (title, f"{first.kind}-{index + 1}.csv", heads, rows)]
+    facets = [row.facets for row in rows]
+    choices = [name for name in LEGENDS if len({each[name] for each in facets} - {""}) > 1]
     places = "".join(figure_place(index, place, chart) for place, chart in enumerate(charts))
     parts = [
         "<section>",
         heading(2, anchor, title),
         f'<div class="advice">{"".join(f"<p>{html.escape(each)}</p>" for each in said)}</div>' if said else "",
+        filter_group(index, filter_boxes(facets, choices)) if choices else "",
         f'<div class="charts">{places}</div>' if charts else "",
         *(sortable_table(name, label, heads, rows) for label, name, heads, rows in tables),
         heading(3, f"{anchor}-machine", "Machine"),
@@ -138,7 +142,12 @@ def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool) -> TableR
         cells += [_interval(row.ratio, 4), Cell(row.baseline, row.baseline or None)]
     if accurate:
         cells += _accuracy(row.accuracy)
-    return TableRow([*cells, Cell(row.error or "", row.error, error=bool(row.error))])
+    facets = {
+        "engine": found.get("engine", found.get("path", "")),
+        "precision": found.get("precision", found.get("dtype", "")),
+        "batch": found.get("batch", ""),
+    }
+    return TableRow([*cells, Cell(row.error or "", row.error, error=bool(row.error))], facets)
 
 
 def _accuracy(accuracy: Accuracy | None) -> list[Cell]:

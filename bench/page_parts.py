@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from adrec.environment import Environment
 from bench.chart import Chart
+from bench.filters import filter_boxes, filter_group
 from bench.html_tables import Cell, Head, TableRow, anchor_link, heading, scroll_box, sortable_table
 from bench.recommendation import budget_table, counted, recommendation
 from bench.record import TradeoffRecord
@@ -123,24 +124,13 @@ def _advice(sentences: Sequence[str], choices: int) -> str:
 
 
 def _filters(records: Sequence[TradeoffRecord], index: int, sizes: Sequence[int]) -> str:
+    """Boxes of a study's engines and precisions, and which batch its charts draw."""
     options = "".join(f'<option value="{size}">{size}</option>' for size in sizes)
-    facets = [_facets(record) for record in records]
-    boxes = "".join(
-        f"<fieldset><legend>{title}</legend>{''.join(_box(name, value) for value in values)}</fieldset>"
-        for name, title in (("engine", "Engines"), ("precision", "Precision"))
-        if (values := sorted({each[name] for each in facets} - {""}))
-    )
-    return (
-        f'<div class="pick" role="group" aria-label="Filters" data-study="{index}">'
+    batch = (
         f'<label>Batch size <select name="batch" autocomplete="off">{options}</select></label>'
-        f'<label><input type="checkbox" name="every" autocomplete="off" checked> every batch size in the table</label>'
-        f'{boxes}<button type="button" class="reset">Show all</button></div>'
+        '<label><input type="checkbox" name="every" autocomplete="off" checked> every batch size in the table</label>'
     )
-
-
-def _box(name: str, value: str) -> str:
-    shown = html.escape(value, quote=True)
-    return f'<label><input type="checkbox" name="{name}" value="{shown}" autocomplete="off" checked> {shown}</label>'
+    return filter_group(index, batch + filter_boxes([_facets(record) for record in records], ("engine", "precision")))
 
 
 def _facets(record: TradeoffRecord) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 from adrec.errors import NotSupportedError
 from bench.chart import Chart, Line
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#666666", "#999999")
+# Those of the page on a light background.
+COLOURS = ("#0072B2", "#BC4A00", "#00795A", "#9A3C8C", "#95663A", "#565D66", "#8A9099")
 MARKERS = ("o", "s", "D", "^", "*", "x", "+")
 DASHES = ("-", "-", "-", "-", "--", ":", ":")
 THIN = 10

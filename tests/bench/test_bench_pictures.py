@@ -62,7 +62,7 @@ def test_what_is_drawn_is_what_the_chart_holds(tmp_path: Path) -> None:
         path.write_bytes(png_of([Chart("k", "t", "", "x", "y", lines)], "title"))
         pictures[name] = imread(path)[..., :3]
     # The first style's blue, the second's orange, where there are such lines and nowhere else.
-    blue, orange = np.array([0.0, 0x72, 0xB2]) / 255, np.array([0xD5, 0x5E, 0.0]) / 255
+    blue, orange = np.array([0.0, 0x72, 0xB2]) / 255, np.array([0xBC, 0x4A, 0.0]) / 255
     amounts = {
         name: tuple(int((np.abs(picture - colour).max(axis=-1) < 0.02).sum()) for colour in (blue, orange))
         for name, picture in pictures.items()

@@ -15,6 +15,7 @@ from chromium import Tab, find_chromium
 
 from bench.archive import read_any
 from bench.json_lines import json_line
+from bench.kernels.records import EngineRecord
 from bench.profiling.floors import Rates
 from bench.profiling.page import page_of
 from bench.profiling.profile import Profiler
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.skipif(find_chromium() is None, reason="Chromium is not
 
 COMPRESSED = Path(__file__).parents[2] / "bench" / "records" / "compress-ml-100k-cpu.jsonl"
 TAB, ENTER, SPACE = ("Tab", 9), ("Enter", 13, "\r"), (" ", 32, " ")
+ENGINES = Path(__file__).parents[2] / "bench" / "records" / "engines-beauty-cpu-avx2.jsonl"
 VISIBLE = "[...document.querySelectorAll('.rows')[0].querySelectorAll('tbody tr')].filter((row) => !row.hidden)"
 TRACES = "[...document.querySelectorAll('.plot')].map((plot) => (plot.data || []).map((trace) => trace.name))"
 
@@ -131,6 +133,29 @@ def test_filters_hold_for_charts_and_table(tab: Tab, report: Path, tiny_records:
     assert "leave nothing" in tab.run("document.querySelector('.none:not([hidden])').textContent")
     click(tab, ".reset")
     assert tab.run(f"{VISIBLE}.length") == everything
+    assert tab.problems == []
+
+
+def test_records_of_other_kinds_are_filtered_too(tab: Tab, tmp_path: Path) -> None:
+    rows = [each for each in read_any(ENGINES) if isinstance(each, EngineRecord)]
+    tab.open(write_report(rows, tmp_path / "report.html"))
+    assert tab.run(f"{VISIBLE}.length") == len(rows)
+    click(tab, 'input[name="engine"][value="cached"]')
+    assert tab.run(f"{VISIBLE}.length") == len([row for row in rows if row.path != "cached"])
+    assert tab.run(f"{VISIBLE}.some((row) => row.dataset.engine === 'cached')") is False
+    traces = [trace for chart in tab.run(TRACES) for trace in chart]
+    assert "cached" not in traces
+    assert {"reference", "onnxruntime", "sasrec-cached"} <= set(traces)
+    click(tab, 'input[name="precision"][value="int8"]')
+    assert not any("int8" in trace for chart in tab.run(TRACES) for trace in chart)
+    click(tab, 'input[name="batch"][value="512"]')
+    left = [row for row in rows if row.path != "cached" and row.precision != "int8" and row.batch_size_users != 512]
+    assert tab.run(f"{VISIBLE}.length") == len(left)
+    # In the order of their sizes, not of their digits.
+    sizes = tab.run("[...document.querySelectorAll('input[name=batch]')].map((box) => Number(box.value))")
+    assert sizes == sorted({row.batch_size_users for row in rows})
+    click(tab, ".reset")
+    assert tab.run(f"{VISIBLE}.length") == len(rows)
     assert tab.problems == []
 
 

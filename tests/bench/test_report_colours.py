@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bench import html_page
 from bench.chart import FRONT_STYLE
+from bench.pictures import COLOURS
 
 # Machado, Oliveira and Fernandes, "A physiologically-based model for simulation of color vision deficiency" (2009),
 # severity 1, of linear sRGB.
@@ -88,6 +89,10 @@ def test_no_two_lines_look_alike(theme: str, sight: str) -> None:
     seen = {colour: lab(np.array(SIGHT[sight]) @ linear(colour)) for colour in colours}
     for one, other in combinations(colours, 2):
         assert np.linalg.norm(seen[one] - seen[other]) >= 9.0, (one, other)
+
+
+def test_pictures_have_the_colours_of_the_light_page() -> None:
+    assert [colour for name, colour in _palettes()["light"].items() if name.isdigit()] == list(COLOURS)
 
 
 def test_the_difference_is_that_of_known_colours() -> None:
