@@ -119,6 +119,7 @@ def _table(rows: Sequence[Row]) -> tuple[list[Head], list[TableRow]]:
     keys = list(dict.fromkeys(name for row in rows for name, _ in row.key))
     numeric = {key: all(_is_number(dict(row.key).get(key, "0")) for row in rows) for key in keys}
     accurate, related = any(row.accuracy for row in rows), any(row.ratio for row in rows)
+    overlapping = any(row.overlap is not None for row in rows)
     heads = [
         *(Head(key, numeric=numeric[key]) for key in keys),
         Head("median (ms)"),
@@ -128,12 +129,13 @@ def _table(rows: Sequence[Row]) -> tuple[list[Head], list[TableRow]]:
         *([Head(f"{name} (%)", ends=True) for name in METRICS] if accurate else []),
         *([Head("users"), Head("accuracy measured with", numeric=False)] if accurate else []),
         *([Head("engine agreement"), Head("top-20 overlap with exact")] if accurate else []),
+        *([Head("overlap of the batch's lists"), Head("with", numeric=False)] if overlapping else []),
         Head("error", numeric=False),
     ]
-    return heads, [_row(row, keys, accurate, related) for row in rows]
+    return heads, [_row(row, keys, accurate, related, overlapping) for row in rows]
 
 
-def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool) -> TableRow:
+def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool, overlapping: bool) -> TableRow:
     found = dict(row.key)
     median = float(np.median(row.rounds_ms)) if row.rounds_ms else None
     cells = [Cell(found.get(key, ""), found.get(key)) for key in keys]
@@ -142,6 +144,8 @@ def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool) -> TableR
         cells += [_interval(row.ratio, 4), Cell(row.baseline, row.baseline or None)]
     if accurate:
         cells += _accuracy(row.accuracy)
+    if overlapping:
+        cells += [_number(row.overlap), Cell(row.overlap_with, row.overlap_with or None)]
     facets = {
         "engine": found.get("engine", found.get("path", "")),
         "precision": found.get("precision", found.get("dtype", "")),

@@ -41,7 +41,7 @@ class Row:
     of the model. ``tail``: None where the record keeps no single calls. ``pressure``: by how much its logarithm is
     higher than another's, a higher load may account for as much of a latency's. ``times_measured``: in its file.
     ``ratio``: of its time to that of ``baseline``, measured in turn with it. ``calls``: timed calls, queries or
-    optimiser steps.
+    optimiser steps. ``overlap``: share of a batch's lists that those of ``overlap_with``, measured beside it, hold too.
     """
 
     key: Key
@@ -62,6 +62,8 @@ class Row:
     ratio: Estimate | None = None
     baseline: str = ""
     calls: int = 0
+    overlap: float | None = None
+    overlap_with: str = ""
 
     @property
     def measured_ms(self) -> float:
@@ -185,6 +187,7 @@ def _(record: EngineRecord) -> Row:
         split=trained.split if trained else None,
     )
     row = _measured(record, key, record.timing, record.error)
+    row = replace(row, overlap=record.top20_overlap_fraction, overlap_with=record.overlap_with)
     if trained is None:
         return row
     users = (trained.dataset_fingerprint, trained.split, str(trained.users))

@@ -155,6 +155,13 @@ def test_engines_compressed_models_and_training_have_charts(
         "Time against batch, 30 items, 4 steps", "Time against batch, 30 items, 32 steps",
     )  # fmt: skip
     assert [(line.name, line.x, line.y) for line in chart.lines] == [("cached", [1.0, 32.0], [2.0, 2.0])]
+    half = engine.model_copy(update={"top20_overlap_fraction": 0.5, "path": "onnxruntime-int8"})
+    (section,) = sections_of([engine, half, failed], 0)
+    heads, *rows = [line.split(" | ") for line in section.markdown.splitlines() if line.startswith("| ")]
+    place = next(number for number, head in enumerate(heads) if head.startswith("overlap of the batch"))
+    assert [row[place : place + 2] for row in rows if len(row) == len(heads)][-3:] == [
+        ["1", "cached"], ["0.5", "cached"], ["1", "cached"],
+    ]  # fmt: skip
 
     trained = TrainingTiming(
         step_ms_p50=1.0, step_ms_p95=1.0, window_medians_ms=[1.0], steps=1, tokens_per_second=500.0,
