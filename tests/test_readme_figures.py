@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from readme_figures import check, compress_record, pages, shows
+from readme_figures import check, pages, shows
+from readme_tables import compress_record
 
 TEXT = pages()
 STUDENT = ("student 2 + 0 (recipe `fast`)", "`onnxruntime-int8`")
