@@ -25,6 +25,8 @@ from adrec.recommender import Recommendation
 
 FORMATS = (".csv", ".jsonl", ".parquet")
 SMALLEST_MERGE = 2**16
+READ_BYTES = 2**20
+ROW_GROUP_USERS = 2**14
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def _read_jsonl(path: Path) -> Iterator[UserHistory]:
 
 def _read_parquet(path: Path) -> Iterator[UserHistory]:
     try:
-        source = pq.ParquetFile(path)
+        # Otherwise whole row groups are read ahead, and a file may be one row group.
+        source = pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file: {error}") from None
     names = source.schema_arrow.names
@@ -217,7 +220,8 @@ def _user(user: Any, path: Path, line: int) -> Any:
 def _checked(history: Any, path: Path, line: int) -> list[Any]:
     if not isinstance(history, list) or not all(map(_is_id, history)):
         raise DataError(
-            f"{path}, line {line}: 'history' is {str(history)[:80]!r}; expected a list of text or integer ids"
+            f"{path}, line {line}: 'history' is {str(history)[:80]!r}; expected a list of text or integer ids,"
+            " which is empty for a user without any"
         )
     return history
 
@@ -257,12 +261,14 @@ class _Csv:
 class _Parquet:
     """One row a user; items have the type of the catalogue's raw ids, users are integers or else text.
 
-    The first batch decides which, since a column has one type; a later user that does not fit is an error.
+    The first batch decides which, since a column has one type; a later user that does not fit is an error. Batches wait
+    for others until they make a row group, since each costs every reader something.
     """
 
     def __init__(self, path: Path, item_type: pa.DataType) -> None:
         self.path, self.item_type = path, item_type
         self.writer: pq.ParquetWriter | None = None
+        self.waiting: list[pa.RecordBatch] = []
 
     def write(self, users: list[Any], results: list[Recommendation]) -> None:
         if self.writer is None:
@@ -276,7 +282,14 @@ class _Parquet:
                     raise DataError(f"user {user!r} comes after integers; a Parquet column has one type, use .jsonl")
         columns = [users, *([getattr(r, name) for r in results] for name in ("items", "scores", "unknown", "source"))]
         arrays = [pa.array(column, field.type) for column, field in zip(columns, self.schema, strict=True)]
-        self.writer.write_batch(pa.record_batch(arrays, schema=self.schema))
+        self.waiting.append(pa.record_batch(arrays, schema=self.schema))
+        if sum(map(len, self.waiting)) >= ROW_GROUP_USERS:
+            self._write_group()
+
+    def _write_group(self) -> None:
+        assert self.writer is not None
+        self.writer.write_table(pa.Table.from_batches(self.waiting))
+        self.waiting = []
 
     def _open(self, user_type: pa.DataType) -> None:
         lists = [("items", pa.list_(self.item_type)), ("scores", pa.list_(pa.float32()))]
@@ -292,6 +305,8 @@ class _Parquet:
         if self.writer is None and kind is None:
             self._open(pa.string())
         if self.writer is not None:
+            if self.waiting and kind is None:
+                self._write_group()
             self.writer.close()
 
 

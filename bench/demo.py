@@ -21,7 +21,7 @@ MADE = (
     "report.png",
     "report-charts",
 )
-# Small enough to train in a minute or two on two cores; everything else is the paper's.
+# Small enough to train in a minute or two on two cores; everything else is the default.
 MODEL = {"items": ITEMS, "width": 64, "embedding_dropout": 0.1}
 STAGE = {"epochs": 30, "cosine_epochs": 30, "validate_every": 3, "patience": 3, "learning_rate": 2e-3}
 TRAIN = {"batch_size": 256, "warmup_epochs": 2, "pretrain": STAGE, "main": STAGE}
