@@ -1,11 +1,13 @@
-"""Boxes by which a reader of a page chooses what its charts and tables show. All is escaped."""
+"""Boxes by which a reader of a page chooses what it shows: of engines and precisions in charts and tables, of batch
+sizes in tables. All is escaped.
+"""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
 
-LEGENDS = {"engine": "Engines", "precision": "Precision", "batch": "Batch size"}
+LEGENDS = {"engine": "Engines", "precision": "Precision", "batch": "Batch size in the table"}
 
 
 def filter_boxes(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:

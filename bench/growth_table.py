@@ -47,7 +47,8 @@ def _row(record: ScalingRecord) -> TableRow:
             _estimate(record.exponent_last),
             Cell("" if misfit is None else f"{misfit:.3g} times", misfit),
             Cell(verdict, verdict),
-        ]
+        ],
+        {"engine": record.path, "precision": record.precision},
     )
 
 

@@ -121,18 +121,19 @@ def _engines(data: tuple[str, str], items: int, steps: int, records: Sequence[En
 
 def _compressed(size: int, records: Sequence[CompressRecord]) -> Chart:
     lines = []
-    for number, engine in enumerate(dict.fromkeys(each.engine for each in records)):
+    pairs = list(dict.fromkeys((each.engine, each.precision) for each in records))
+    for number, (engine, precision) in enumerate(pairs):
         points = [
             (timing.latency_ms_p50, kept, each)
             for each in records
-            if each.engine == engine
+            if (each.engine, each.precision) == (engine, precision)
             and (timing := each.timing(size))
             and each.accuracy
             and (kept := each.accuracy.ndcg20_kept_percent)
         ]
         lines.append(
             _styled(
-                engine,
+                f"{engine}, {precision}",
                 number,
                 [time for time, _, _ in points],
                 [kept.value for _, kept, _ in points],
@@ -140,6 +141,7 @@ def _compressed(size: int, records: Sequence[CompressRecord]) -> Chart:
                 high=[kept.high for _, kept, _ in points],
                 connected=False,
                 engine=engine,
+                precision=precision,
                 details=[f"{_network(each)}\n{time:.4g} ms, kept {interval(kept)} %" for time, kept, each in points],
             )
         )

@@ -47,6 +47,11 @@ def series_of(rows: Sequence[TradeoffRecord]) -> list[Series]:
         name = BASELINE_MODEL if len(engines) == 1 else f"{BASELINE_MODEL} in {engine}"
         members = [each for each in baseline if (each.engine or "") == engine]
         found.append(Series(name, BASELINE_STYLE, index % 2 == 1, members))
+    # Rivals without reverse steps; popularity has no latency.
+    rivals = sorted({each.model for each in rows if each.steps is None and each.timing} - {BASELINE_MODEL})
+    for index, model in enumerate(rivals):
+        members = [each for each in rows if each.model == model]
+        found.append(Series(model, BASELINE_STYLE, index % 2 == 0, members))
     return found
 
 

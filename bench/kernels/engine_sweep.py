@@ -140,14 +140,16 @@ class EngineSweep:
         results: dict[str, object],
     ) -> EngineRecord:
         timer, items, width = self.timer, catalogue.items, catalogue.width
+        found = results.get(path)
+        if isinstance(accuracy, Accuracy) and COMPILED in path:
+            accuracy = self._compared(accuracy, path, request, catalogue, found)
         problems = [each for each in (timing, accuracy) if isinstance(each, str)]
         measured = timing if isinstance(timing, PathTiming) else None
         baseline = path.startswith(BASELINE)
         prefix = BASELINE if baseline else ""
         able = [each for each in results if each.startswith(BASELINE) == baseline]
         reference = next((each for each in (f"{prefix}reference", f"{prefix}cached", *able) if each in results), None)
-        found, expected = results.get(path), results.get(reference or "")
-        overlap = _overlap(found, expected)
+        overlap = _overlap(found, results.get(reference or ""))
         dtype = ENGINES[engine_name(path)].dtype
         tokens = request.histories.values.numel()
         steps = request.steps or 0
@@ -172,23 +174,24 @@ class EngineSweep:
             overlap_with=reference or "",
             noise=noise,
             trained=catalogue.trained,
-            accuracy=self._compared(accuracy, path, request, catalogue, found),
+            accuracy=accuracy if isinstance(accuracy, Accuracy) else None,
         )
 
     def _compared(
-        self, accuracy: Accuracy | str | None, path: str, request: Request, catalogue: Catalogue, found: object
-    ) -> Accuracy | None:
-        """The accuracy of a compiled path with its agreement on the batch that it was compiled for; others as they are.
+        self, accuracy: Accuracy, path: str, request: Request, catalogue: Catalogue, found: object
+    ) -> Accuracy | str | None:
+        """The accuracy of a compiled path with its agreement on the batch that it was compiled for.
 
-        None for a compiled path whose own lists are not there.
+        None where the path has no lists of it, or the error that making those to compare with ended with.
         """
-        if not isinstance(accuracy, Accuracy) or COMPILED not in path:
-            return accuracy if isinstance(accuracy, Accuracy) else None
-        steps = None if path.startswith(BASELINE) else request.steps
-        agreement = _overlap(found, catalogue.lists(request.histories, steps, request.k, self.timer.device))
-        if agreement is None:
+        if not isinstance(found, Tensor):
             return None
-        agreed = {"engine_agreement_fraction": agreement, "engine_agreement_users": len(request.histories)}
+        steps = None if path.startswith(BASELINE) else request.steps
+        try:
+            expected = catalogue.lists(request.histories, steps, request.k, self.timer.device)
+        except Exception as error:
+            return f"accuracy: {describe_error(error)}"
+        agreed = {"engine_agreement_fraction": _overlap(found, expected), "engine_agreement_users": len(found)}
         return accuracy.model_copy(
             update=agreed | {"engine_top20_overlap_fraction": None, "engine_top20_overlap_users": 0}
         )

@@ -18,8 +18,10 @@ from adrec.errors import ConfigError, DataError, NotSupportedError
 from adrec.evaluation import interval_table
 from adrec.evaluation.metrics import target_ranks
 from bench.archive import read_any
+from bench.charts import accuracy_against_latency
 from bench.cli import register
 from bench.guest import settled
+from bench.record import TradeoffRecord
 from bench.rivals import PYTHON_VARIABLE, recbole_child, recbole_sasrec
 from bench.rivals.child import Child, ChildError
 from bench.rivals.recbole_sasrec import RecBoleSasrec, interpreter, start, write_files
@@ -29,6 +31,7 @@ from bench.running.unit import Context
 from bench.subject import Subject, load_subject
 from bench.timing import Clock, TimingProtocol
 
+RECORD = Path(__file__).parents[2] / "bench" / "records" / "recbole-beauty-cpu-avx2.jsonl"
 STAND_IN = """
 import json, pathlib, sys
 
@@ -189,6 +192,15 @@ def test_the_command_writes_records_that_report_and_compare_read(tiny_run: Path,
         read = CliRunner().invoke(application(), ["bench", *command])
         assert read.exit_code == 0, read.output
     assert "recbole-sasrec" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_charts_draw_recbole() -> None:
+    records = [each for each in read_any(RECORD) if isinstance(each, TradeoffRecord)]
+    rows = [each for each in records if each.batch_size_users == 512]
+    measured = next(each for each in rows if each.model == "recbole-sasrec")
+    assert measured.timing is not None
+    (line,) = (line for line in accuracy_against_latency(records, rows, 512).lines if line.name == "recbole-sasrec")
+    assert line.x == [measured.timing.latency_ms_p50]
 
 
 @pytest.mark.usefixtures("stand_in")
