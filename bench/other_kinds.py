@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +60,16 @@ def sections_of(records: Iterable[AnyRecord], first: int) -> list[Section]:
         # Profiles are not rows of one table.
         alone = (record.measured_at_utc, record.command) if isinstance(record, ProfileRecord) else ()
         groups.setdefault((record.kind, record.environment.machine.kind, *alone), []).append(record)
-    return [_section(group, first + place) for place, group in enumerate(groups.values())]
+    kinds = Counter(kind for kind, *_ in groups)
+    machines = [machine if kinds[kind] > 1 else "" for kind, machine, *_ in groups]
+    return [
+        _section(group, first + place, machine)
+        for place, (group, machine) in enumerate(zip(groups.values(), machines, strict=True))
+    ]
 
 
-def _section(records: Sequence[AnyRecord], index: int) -> Section:
+def _section(records: Sequence[AnyRecord], index: int, machine_kind: str) -> Section:
+    """machine_kind: named in the title, where others have the kind of these records too; else empty."""
     first = records[-1]
     if isinstance(first, ProfileRecord):
         listed = "\n".join(f"- {escaped(sentence)}" for sentence in sentences(first))
@@ -76,6 +83,7 @@ def _section(records: Sequence[AnyRecord], index: int) -> Section:
     anchor, title = f"study-{index + 1}", TITLES[first.kind]
     if all(isinstance(record, KernelRecord) and record.protocol.device == "cpu" for record in records):
         title = f"{title} ({CPU_NOTE})"
+    title = f"{title}, {machine_kind}" if machine_kind else title
     heads, rows = _table([row for record in records for row in rows_in(record)])
     machine = first.environment
     said = slower_sentences([record for record in records if isinstance(record, CompressRecord)])

@@ -127,10 +127,15 @@ def compare(
     Raises DataError when no key is in both, and for times of different machines unless these are allowed.
     """
     common = [key for key in old if key in new]
+    if not old and not new:
+        raise DataError(
+            "neither file holds a row that can be compared: calibrations are given with --calibration, and profiles are"
+            " not compared"
+        )
     if not common:
         shown = "; ".join(f"{name} {label(next(iter(rows)))}" for name, rows in (("old:", old), ("new:", new)) if rows)
         raise DataError(
-            f"no row is in both files ({len(old)} rows and {len(new)} rows; {shown or 'both are empty'}): measure the"
+            f"no row is in both files ({len(old)} rows and {len(new)} rows; {shown}): measure the"
             " same settings on the same data twice"
         )
     notes = _machine_notes([(old[key], new[key]) for key in common], allow_other_machine)

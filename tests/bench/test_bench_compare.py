@@ -206,7 +206,7 @@ def test_other_machines_are_refused_with_the_reason(tiny_records: list[TradeoffR
     assert sum("busy before some of the new rows (load 50000" in note for note in busy.notes) == 1
     with pytest.raises(DataError, match="no row is in both files"):
         compared(old[:1], new[1:])
-    with pytest.raises(DataError, match="both are empty"):
+    with pytest.raises(DataError, match="neither file holds a row"):
         compared([], [])
 
 

@@ -191,4 +191,7 @@ def test_engines_compressed_models_and_training_have_charts(
 def test_machines_have_tables_of_their_own(served: list[ServingRecord]) -> None:
     machine = served[0].environment.machine.model_copy(update={"processor": "another"})
     other = served[0].model_copy(update={"environment": served[0].environment.model_copy(update={"machine": machine})})
-    assert len(sections_of([*served, other], 0)) == 2
+    first, second = sections_of([*served, other], 0)
+    assert first.title == f"Serving scenarios, {served[0].environment.machine.kind}"
+    assert second.title == f"Serving scenarios, {machine.kind}"
+    assert [section.title for section in sections_of(served, 0)] == ["Serving scenarios"]
