@@ -7,7 +7,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
-LEGENDS = {"engine": "Engines", "precision": "Precision", "batch": "Batch size in the table"}
+LEGENDS = {"engine": "Engines", "path": "Paths", "precision": "Precision", "batch": "Batch size in the table"}
 
 
 def filter_boxes(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> str:

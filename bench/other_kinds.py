@@ -56,7 +56,7 @@ class Section:
 def sections_of(records: Iterable[AnyRecord], first: int) -> list[Section]:
     """A section for each kind and machine, in the order of the records; ``first`` is the number of the first one."""
     groups: dict[tuple[str, ...], list[AnyRecord]] = {}
-    for record in records:
+    for record in _last_of_each(records):
         # Profiles are not rows of one table.
         alone = (record.measured_at_utc, record.command) if isinstance(record, ProfileRecord) else ()
         groups.setdefault((record.kind, record.environment.machine.kind, *alone), []).append(record)
@@ -66,6 +66,17 @@ def sections_of(records: Iterable[AnyRecord], first: int) -> list[Section]:
         _section(group, first + place, machine)
         for place, (group, machine) in enumerate(zip(groups.values(), machines, strict=True))
     ]
+
+
+def _last_of_each(records: Iterable[AnyRecord]) -> list[AnyRecord]:
+    """Records but those that a later one, of the same rows and machine, replaces: `compare` counts the last too."""
+    kept: dict[object, AnyRecord] = {}
+    for record in records:
+        rows = tuple(row.key for row in rows_in(record))
+        key = (record.environment.machine.kind, *rows) if rows else id(record)
+        kept.pop(key, None)
+        kept[key] = record
+    return list(kept.values())
 
 
 def _section(records: Sequence[AnyRecord], index: int, machine_kind: str) -> Section:
@@ -154,8 +165,11 @@ def _row(row: Row, keys: Sequence[str], accurate: bool, related: bool, overlappi
         cells += _accuracy(row.accuracy)
     if overlapping:
         cells += [_number(row.overlap), Cell(row.overlap_with, row.overlap_with or None)]
+    # A kernel's paths are no engines.
+    path = found.get("path", "")
     facets = {
-        "engine": found.get("engine", found.get("path", "")),
+        "engine": found.get("engine", "" if "kernel" in found else path),
+        "path": path if "kernel" in found else "",
         "precision": found.get("precision", found.get("dtype", "")),
         "batch": found.get("batch", ""),
     }

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Suite:
-    """obstacle: why the suite cannot run in a context, or None."""
+    """obstacle: why the suite cannot run in a context, or None. notice: what of it is left out there, or None."""
 
     name: str
     summary: str
     units: Callable[[Context], list[Unit]]
     obstacle: Callable[[Context], str | None] = lambda context: None
+    notice: Callable[[Context], str | None] = lambda context: None
 
 
 class _StageReport:
@@ -187,10 +188,7 @@ def _training(context: Context) -> list[Unit]:
     from adrec.config import TrainConfig
     from bench.training_speed.measure import TrainingBench
 
-    precisions = ("32-true",) if context.smoke else ("32-true", "bf16-mixed")
-    if not context.smoke and context.device.type == "cpu" and not _computes_bf16():
-        context.notices.append("suite training leaves bf16-mixed out: this CPU computes it without instructions for it")
-        precisions = ("32-true",)
+    precisions = ("32-true",) if context.smoke or _without_bf16(context) else ("32-true", "bf16-mixed")
 
     @cache
     def bench() -> TrainingBench:
@@ -214,8 +212,15 @@ def _training(context: Context) -> list[Unit]:
     ]
 
 
+def _without_bf16(context: Context) -> str | None:
+    """Why bfloat16 is not trained in: on a CPU without instructions for it a step takes minutes."""
+    if context.smoke or context.device.type != "cpu" or _computes_bf16():
+        return None
+    return "suite training leaves bf16-mixed out: this CPU computes it without instructions for it"
+
+
 def _computes_bf16() -> bool:
-    """Whether this CPU has instructions for bfloat16; without them a step takes minutes."""
+    """Whether this CPU has instructions for bfloat16."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set((read_environment().machine.instructions or "").split()))
 
 
@@ -342,7 +347,7 @@ SUITES: tuple[Suite, ...] = (
     ),
     Suite("tradeoff", "a run's speed and accuracy: engine x steps x batch", _tradeoff),
     Suite("serving", "single stream, server with Poisson arrivals, offline, as in MLPerf", _serving),
-    Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training),
+    Suite("training", "optimiser steps: tokens a second, time of an epoch, memory", _training, notice=_without_bf16),
     Suite("scaling", "growth with catalogue, history and batch: points and fitted exponent", _scaling),
     Suite("compress", "compressed models beside their run, reference and SASRec+", _compress, _on_a_cpu),
     Suite("rivals", "RecBole's SASRec, trained on the run's data, beside the run", _rivals, _has_recbole),

@@ -49,12 +49,15 @@ def select(
                 left_out[suite.name] = reason
                 matched.update(asked, inside)
             continue
+        chosen = len(units)
         for unit in suite.units(context):
             names.append(unit.name)
             hits = [each for each in patterns if fnmatchcase(unit.name, each)]
             if asked or hits:
                 units.append(unit)
                 matched.update(asked, hits)
+        if len(units) > chosen and (notice := suite.notice(context)) is not None:
+            context.notices.append(notice)
     for pattern in patterns:
         if pattern not in matched:
             close = difflib.get_close_matches(pattern.strip("*"), names, n=3, cutoff=0.5)

@@ -119,7 +119,7 @@ def test_curves_are_those_of_the_records(served: list[ServingRecord], growing: S
 def test_fits_are_in_the_tables_with_their_misfit(growing: ScalingRecord) -> None:
     exponent = Estimate(value=0.5, low=0.25, high=0.75)
     found = [
-        growing,
+        growing.model_copy(update={"path": "reference"}),
         growing.model_copy(update={"exponent": exponent, "exponent_last": exponent, "largest_misfit": 1.125}),
         growing.model_copy(update={"axis": "batch", "exponent": exponent, "largest_misfit": 1.5}),
     ]
@@ -195,3 +195,15 @@ def test_machines_have_tables_of_their_own(served: list[ServingRecord]) -> None:
     assert first.title == f"Serving scenarios, {served[0].environment.machine.kind}"
     assert second.title == f"Serving scenarios, {machine.kind}"
     assert [section.title for section in sections_of(served, 0)] == ["Serving scenarios"]
+
+
+def test_of_a_thing_measured_twice_the_last_is_shown(served: list[ServingRecord]) -> None:
+    summary = served[0].summary
+    assert summary is not None
+    later = served[0].model_copy(update={"summary": summary.model_copy(update={"window_medians_ms": [7.0, 7.0, 7.0]})})
+    (section,) = sections_of([*served, later], 0)
+    rows = [line for line in section.markdown.splitlines() if line.startswith("| single stream |")]
+    assert len(rows) == 1
+    assert " | 7 | " in rows[0]
+    (chart,) = section.charts
+    assert len(chart.lines) == 1

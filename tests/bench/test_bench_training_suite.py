@@ -24,3 +24,6 @@ def test_bf16_is_trained_where_the_processor_computes_it(
     units, _ = select(["training"], context)
     assert any(unit.name.endswith("bf16-mixed") for unit in units) is asked
     assert any("leaves bf16-mixed out" in notice for notice in context.notices) is not asked
+    other = Context(tmp_path, torch.device("cpu"), "")
+    select(["scaling"], other)
+    assert not any("bf16" in notice for notice in other.notices)
