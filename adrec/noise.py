@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -116,21 +117,37 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class PhiloxNoise:
-    """Noise that is a function of (seed, the row's key, draw, dimension) only; see `kernels.philox`."""
+    """Noise that is a function of (seed, the row's key, draw, dimension) only; see `kernels.philox`.
+
+    planned: draws that will be asked for, in that order. Those of few rows are computed several at a time: each costs
+    about as much as all.
+    """
 
     seed: int
     row_keys: Tensor
     width: int
+    planned: tuple[int, ...] = ()
+    _ahead: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, draw: int) -> Tensor:
-        return philox.row_noise(self.seed, self.row_keys, draw, self.width)
+        if draw not in self._ahead:
+            self._ahead.clear()
+            first = self.planned.index(draw) if draw in self.planned else len(self.planned)
+            most = max(1, philox.CHUNK // max(1, self.row_keys.numel() * self.width))
+            part = self.planned[first : first + most] or (draw,)
+            self._ahead.update(zip(part, self.draws(part), strict=True))
+        return self._ahead[draw]
+
+    def draws(self, numbers: Sequence[int]) -> Tensor:
+        """Several draws at once, `[S, B, D]`."""
+        return philox.row_noise(self.seed, self.row_keys, numbers, self.width)
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.row_keys.numel(), self.width, device=self.row_keys.device)
 
     def select(self, rows: Tensor) -> PhiloxNoise:
         """The noise of some rows `[R]`, in that order."""
-        return PhiloxNoise(self.seed, self.row_keys[rows], self.width)
+        return PhiloxNoise(self.seed, self.row_keys[rows], self.width, self.planned)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,10 @@ class ExplicitNoise:
 
     def __call__(self, draw: int) -> Tensor:
         return self.values[draw]
+
+    def draws(self, numbers: Sequence[int]) -> Tensor:
+        """Several draws at once, `[S, B, D]`."""
+        return self.values[list(numbers)]
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.values[0])

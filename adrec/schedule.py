@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -114,6 +115,12 @@ class DiffusionTable:
     @property
     def steps(self) -> int:
         return self.time.numel()
+
+    @cached_property
+    def draws(self) -> tuple[int, ...]:
+        """Draws of noise that sampling reads, in its order: 0 for x_T, i for the i-th step unless its sigma is 0."""
+        later = [self.steps - row for row in reversed(range(1, self.steps)) if float(self.sigma[row]) != 0.0]
+        return (0, *later) if self.starts_noisy else tuple(later)
 
 
 def diffusion_table(

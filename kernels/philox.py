@@ -11,7 +11,8 @@ position in a batch. A user's noise, and so a user's recommendations, do not dep
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -32,30 +33,46 @@ _WEYL_1 = 0xBB67AE85
 _MULTIPLIERS = np.array([[_MULTIPLIER_B], [_MULTIPLIER_A]], dtype=np.uint64)
 _ROUNDS = 10
 _UNIFORM_SCALE = 4.6566127342e-10
-# Elements worked on at a time: the work arrays of a chunk then stay in a core's second-level cache.
-_CHUNK = 1 << 14
+_LEAST = 1e-7
+_GAP = 72
+CHUNK = 1 << 14
+"""Elements worked on at a time: the work arrays of a chunk then stay in a core's second-level cache."""
 
 
-def offsets(row_keys: Tensor, draw: int, width: int) -> Tensor:
-    """Return the counter offsets ``key * 2^24 + draw * 2^12 + dimension`` of one draw.
+def offsets(row_keys: Tensor, draw: int | Sequence[int], width: int) -> Tensor:
+    """Return the counter offsets ``key * 2^24 + draw * 2^12 + dimension`` of one draw or several.
 
     row_keys: `[B]` int64 in ``[0, 2^39)``. draw: 0 for the starting noise x_T, then 1, 2, ... for the reverse steps.
-    width: D, at most 4096. Returns `[B, width]` int64. Raises ValueError outside those ranges (row keys: on a CPU).
+    width: D, at most 4096. Returns `[B, width]` int64, or `[S, B, width]` for S draws. Raises ValueError outside those
+    ranges (row keys: on a CPU).
     """
-    if not 0 <= draw < 1 << DRAW_BITS:
-        raise ValueError(f"draw is {draw}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
+    draws = [draw] if isinstance(draw, int) else list(draw)
+    for number in draws:
+        if not 0 <= number < 1 << DRAW_BITS:
+            raise ValueError(f"draw is {number}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
     if not 0 < width <= 1 << DIMENSION_BITS:
         raise ValueError(f"width is {width}; allowed: 1 to {1 << DIMENSION_BITS}")
     check_row_keys(row_keys)
-    base = (row_keys << (DRAW_BITS + DIMENSION_BITS)) + (draw << DIMENSION_BITS)
-    return base[:, None] + torch.arange(width, device=row_keys.device)
+    if row_keys.device.type == "cpu":
+        counters = torch.from_numpy(_counters(row_keys.numpy(), draws, width))
+    else:
+        starts = torch.tensor(draws, dtype=torch.int64, device=row_keys.device) << DIMENSION_BITS
+        row = torch.arange(width, device=row_keys.device) + starts[:, None, None]
+        counters = (row_keys << (DRAW_BITS + DIMENSION_BITS))[:, None] + row
+    return counters[0] if isinstance(draw, int) else counters
+
+
+def _counters(row_keys: NDArray[np.int64], draws: Sequence[int], width: int) -> NDArray[np.int64]:
+    row = np.arange(width) + (np.array(draws, dtype=np.int64) << DIMENSION_BITS)[:, None, None]
+    return (row_keys << (DRAW_BITS + DIMENSION_BITS))[:, None] + row
 
 
 def check_row_keys(row_keys: Tensor) -> None:
     """Raise ValueError for a row key outside ``[0, 2^39)``; only of keys on a CPU: reading others would stall."""
     if row_keys.device.type != "cpu" or not row_keys.numel():
         return
-    least, most = (int(bound) for bound in row_keys.aminmax())
+    keys = row_keys.numpy()
+    least, most = keys.min(), keys.max()
     if not 0 <= least <= most < ROW_KEYS:
         raise ValueError(f"row keys span {least} to {most}; allowed: 0 to 2^39 - 1")
 
@@ -66,15 +83,11 @@ def philox(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:
     seed: 64-bit key. offset: int64 counters of any shape. Returns two int64 tensors of that shape holding values in
     ``[0, 2^32)``.
     """
-    first, second = _words(seed, offset.reshape(-1))
+    if offset.device.type != "cpu":
+        return _philox_on_device(seed, offset)
+    work = np.empty((3, 2, offset.numel()), dtype=np.uint64)
+    first, second = torch.from_numpy(_words(seed, offset.reshape(-1).numpy().view(np.uint64), work).view(np.int64))
     return first.view(offset.shape), second.view(offset.shape)
-
-
-def _words(seed: int, offset: Tensor) -> Tensor:
-    """Both words of counters `[M]` as one tensor, `[2, M]` int64."""
-    if offset.device.type == "cpu":
-        return torch.from_numpy(_philox_in_place(seed, offset.numpy().view(np.uint64)).view(np.int64))
-    return torch.stack(_philox_on_device(seed, offset))
 
 
 def _philox_on_device(seed: int, offset: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,46 +113,84 @@ def _key_columns(seed: int) -> tuple[NDArray[np.uint64], ...]:
     return tuple(np.array([[k1], [k0]], dtype=np.uint64) for k0, k1 in _round_keys(seed))
 
 
-def _philox_in_place(seed: int, offset: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The same rounds in numpy, whose unsigned shifts need no mask and whose operations reuse their arrays.
+class _Work(threading.local):
+    """Memory that a thread's rounds use again: where it is given back to the system, its pages cost more than they."""
 
-    Twice as fast as torch's on one core, where the noise of 32 steps is a fifth of the work of a batch. Words 2 and 0
-    are rows of one array, as are 3 and 1: half the calls, which are what the noise of a single user costs.
+    def __init__(self) -> None:
+        self.words = np.empty((3, 2, 0), dtype=np.uint64)
+
+    def of(self, count: int) -> NDArray[np.uint64]:
+        if count > self.words.shape[2]:
+            # Rows at multiples of 4 KiB of each other would wait for each other's writes.
+            self.words = np.empty((3, 2, count + _GAP), dtype=np.uint64)
+        return self.words[:, :, :count]
+
+
+_work = _Work()
+
+
+def _words(seed: int, offset: NDArray[np.uint64], work: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same rounds in numpy, of counters `[M]`: both words, `[2, M]`, in ``work`` `[3, 2, M]`.
+
+    Its unsigned shifts need no mask and its operations reuse their arrays: twice as fast as torch's on one core, where
+    the noise of 32 steps is a fifth of the work of a batch. Words 2 and 0 are rows of one array, as are 3 and 1: half
+    the calls, which are what the noise of a single user costs.
     """
     mask, half = np.uint64(_MASK), np.uint64(32)
-    work = np.zeros((3, 2, offset.size), dtype=np.uint64)
     even, odd, product = work
+    even[0] = odd[0] = 0
     np.bitwise_and(offset, mask, out=even[1])
     np.right_shift(offset, half, out=odd[1])
     for keys in _key_columns(seed):
         np.multiply(even, _MULTIPLIERS, out=product)
         # The product of word 2 gives the new words 0 and 1, that of word 0 the new words 2 and 3.
         np.right_shift(product[::-1], half, out=even)
-        even ^= odd
-        even ^= keys
+        np.bitwise_xor(even, odd, out=even)
+        np.bitwise_xor(even, keys, out=even)
         np.bitwise_and(product[::-1], mask, out=odd)
     return work[:2, 1]
 
 
 def randn(seed: int, offset: Tensor) -> Tensor:
     """Return standard normals ``sqrt(-2 ln max(1e-7, u0)) cos(2 pi u1)``, float32, one for each int64 offset."""
-    flat = offset.reshape(-1)
-    if flat.device.type != "cpu" or flat.numel() <= _CHUNK:
-        return _normals(seed, flat).view(offset.shape)
-    return torch.cat([_normals(seed, part) for part in flat.split(_CHUNK)]).view(offset.shape)
+    if offset.device.type != "cpu":
+        return _normals_on_device(*_philox_on_device(seed, offset))
+    return torch.from_numpy(_randn(seed, offset.numpy()))
 
 
-def _normals(seed: int, offset: Tensor) -> Tensor:
-    radius, angle = _uniform(_words(seed, offset)).unbind()
-    return angle.mul_(2.0 * math.pi).cos_().mul_(radius.clamp_(min=1e-7).log_().mul_(-2.0).sqrt_())
+def _randn(seed: int, offset: NDArray[np.int64]) -> NDArray[np.float32]:
+    flat = offset.reshape(-1).view(np.uint64)
+    out = np.empty(flat.size, dtype=np.float32)
+    for first in range(0, flat.size, CHUNK):
+        part = slice(first, first + CHUNK)
+        _normals(_words(seed, flat[part], _work.of(flat[part].size)), out[part])
+    return out.reshape(offset.shape)
 
 
-def row_noise(seed: int, row_keys: Tensor, draw: int, width: int) -> Tensor:
-    """Return the noise of one draw, `[B, width]` float32; see `offsets` for the arguments."""
-    return randn(seed, offsets(row_keys, draw, width))
+def _normals(words: NDArray[np.uint64], out: NDArray[np.float32]) -> None:
+    # Triton reads a word as a signed int32 and maps a negative x to -x - 1, which is its complement.
+    signed = words.astype(np.uint32).view(np.int32)
+    radius, angle = np.multiply(signed ^ (signed >> 31), _UNIFORM_SCALE, dtype=np.float32)
+    np.log(np.maximum(radius, _LEAST, out=radius), out=radius)
+    np.sqrt(np.multiply(radius, -2.0, out=radius), out=radius)
+    np.multiply(np.cos(np.multiply(angle, 2.0 * math.pi, out=angle), out=angle), radius, out=out)
+
+
+def _normals_on_device(first: Tensor, second: Tensor) -> Tensor:
+    radius, angle = _uniform(first), _uniform(second)
+    return angle.mul_(2.0 * math.pi).cos_().mul_(radius.clamp_(min=_LEAST).log_().mul_(-2.0).sqrt_())
 
 
 def _uniform(word: Tensor) -> Tensor:
-    # Triton reads the word as a signed int32 and maps a negative x to -x - 1, which is its complement.
     signed = word.to(torch.int32)
     return (signed ^ (signed >> 31)).to(torch.float32).mul_(_UNIFORM_SCALE)
+
+
+def row_noise(seed: int, row_keys: Tensor, draw: int | Sequence[int], width: int) -> Tensor:
+    """Return the noise of one draw `[B, width]`, or of several `[S, B, width]`, float32; see `offsets`."""
+    return randn(seed, offsets(row_keys, draw, width))
+
+
+def draw_noise(seed: int, row_keys: NDArray[np.int64], draws: Sequence[int], width: int) -> NDArray[np.float32]:
+    """`row_noise` of several draws `[S, B, width]`, in numpy and unchecked: for one user torch costs as much again."""
+    return _randn(seed, _counters(row_keys, draws, width))

@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from adrec.config import EarlyStop, ServingConfig
@@ -169,7 +171,8 @@ class Engine(ABC):
         elif row_keys.shape != (len(histories),):
             raise ValueError(f"row_keys is {tuple(row_keys.shape)}; expected [{len(histories)}], one for each history")
         philox.check_row_keys(row_keys)
-        return histories, PhiloxNoise(seed, row_keys.to(self.device), self.model.config.width)
+        planned = () if table is None else table.draws
+        return histories, PhiloxNoise(seed, row_keys.to(self.device), self.model.config.width, planned)
 
     @torch.inference_mode()
     def score(self, rows: Tensor) -> Tensor:
@@ -230,14 +233,16 @@ def history_keys(histories: Jagged) -> Tensor:
         return torch.zeros_like(histories.lengths)
     multipliers = _place_multipliers(histories.longest).to(histories.values.device)
     # Products wrap around in int64 on purpose; the odd multiplier of each place keeps the order of items relevant.
-    if len(histories) == 1:
-        # The same in a third of the operations, whose number is what a single user waits for.
-        total = ((histories.values + 1) * multipliers[1:].flip(0)).sum(0, keepdim=True)
-    else:
-        rows = histories.rows
-        from_end = histories.offsets[1:][rows] - torch.arange(rows.numel(), device=rows.device)
-        mixed = (histories.values + 1) * multipliers[from_end]
-        total = torch.zeros_like(histories.lengths).index_add_(0, rows, mixed)
+    rows = histories.rows
+    from_end = histories.offsets[1:][rows] - torch.arange(rows.numel(), device=rows.device)
+    mixed = (histories.values + 1) * multipliers[from_end]
+    total = torch.zeros_like(histories.lengths).index_add_(0, rows, mixed)
+    return (total ^ (total >> 29)) & (philox.ROW_KEYS - 1)
+
+
+def history_key(items: NDArray[np.int64]) -> int:
+    """`history_keys` of one history `[L]` in a tenth of the time, which is much of what a single user waits for."""
+    total = int(((items + 1) * _place_multipliers(len(items)).numpy()[:0:-1]).sum())
     return (total ^ (total >> 29)) & (philox.ROW_KEYS - 1)
 
 

@@ -80,7 +80,9 @@ def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, see
         )
         table = engine.table(plans_of(graph, source)[-1])
         _, session = engine.session(table)
-        inputs = request_inputs(graph, histories, table, noise, source.model, histories.longest)
+        items, lengths = histories.padded(histories.longest).numpy(), histories.lengths.numpy()
+        drawn = None if table is None else noise.draws(table.draws).numpy()
+        inputs = request_inputs(graph, items, lengths, table, drawn, source.model)
         given = {spec.name: inputs[spec.name] for spec in graph.inputs}
         names = [spec.name for spec in graph.outputs]
         values = dict(zip(names, session.run(names, given), strict=True))

@@ -7,19 +7,23 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adrec.config import ServingConfig
 from adrec.data.jagged import Jagged
 from adrec.engines import ENGINES, Engine, exact_engines, make_engine
-from adrec.engines.base import history_keys
+from adrec.engines.base import history_key, history_keys
 from adrec.errors import ConfigError
 from adrec.models.base import SequenceModel, TokenBatch
 from adrec.models.layout import Layout
 from adrec.noise import PhiloxNoise
+from adrec.respacing import sampling_table
+from adrec.sampler import reverse_process
 from kernels import philox
 
 ITEMS, WIDTH = 40, 16
@@ -213,6 +217,7 @@ def test_history_keys_belong_to_the_history(rows: list[list[int]], order: Any) -
     order.shuffle(rows)
     alone = {tuple(row): history_keys(Jagged.from_lists([row])).item() for row in rows}
     assert history_keys(Jagged.from_lists(rows)).tolist() == [alone[tuple(row)] for row in rows]
+    assert all(history_key(np.array(row)) == key for row, key in alone.items())
 
 
 def test_the_order_of_a_history_is_part_of_its_key() -> None:
@@ -255,6 +260,50 @@ def test_encoded_histories_can_be_sampled_again(tiny_model: ModelFactory, name: 
             source = PhiloxNoise(seed, history_keys(histories), WIDTH)
             rows = engine.sample(state, engine.table(steps), source)
             assert torch.equal(rows, engine.represent(histories, steps, seed))
+
+
+@given(
+    rows=st.integers(0, 5),
+    planned=st.lists(st.integers(0, 20), unique=True, max_size=8).map(tuple),
+    asked=st.lists(st.integers(0, 20), max_size=12),
+    chunk=st.integers(1, 60),
+)
+@settings(max_examples=80, deadline=None)
+def test_noise_computed_ahead_is_the_noise_asked_for(
+    rows: int, planned: tuple[int, ...], asked: list[int], chunk: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philox, "CHUNK", chunk)
+        noise = PhiloxNoise(7, torch.arange(rows), 3, planned)
+        for source in (noise, noise.select(torch.arange(rows).flip(0))):
+            for draw in asked:
+                assert torch.equal(source(draw), philox.row_noise(7, source.row_keys, draw, 3))
+
+
+@pytest.mark.parametrize(
+    ("plan", "draws"),
+    [
+        (1, 1),
+        (7, 7),
+        (None, 32),
+        ({"sampler": "ddim"}, 1),
+        ({"sampler": "ddim", "eta": 0.5, "times": [0, 3, 31]}, 3),
+        ({"sampler": "dpm++2m", "start": "zero"}, 0),
+        ({"start": "zero"}, 31),
+    ],
+)
+def test_a_table_says_which_noise_sampling_reads(tiny_model: ModelFactory, plan: Any, draws: int) -> None:
+    steps = ServingConfig.model_validate(plan) if isinstance(plan, dict) else plan
+    table, asked = sampling_table(tiny_model().betas, steps), []
+
+    class Recorded(PhiloxNoise):
+        def __call__(self, draw: int) -> Tensor:
+            asked.append(draw)
+            return super().__call__(draw)
+
+    reverse_process(lambda x_t, row: x_t, table, Recorded(0, torch.arange(2), 4))
+    assert tuple(asked) == table.draws
+    assert len(asked) == draws
 
 
 def test_seeds_differ_and_a_seed_repeats(tiny_model: ModelFactory) -> None:

@@ -102,11 +102,12 @@ def test_row_keys_and_explicit_noise_reach_the_graph(engine: OnnxRuntimeEngine) 
 
 
 def test_a_user_does_not_depend_on_the_batch(engine: OnnxRuntimeEngine) -> None:
-    histories = histories_of([3, 50, 1, 12, 3, 7, 1, 28, 9])
+    histories = histories_of([3, 50, 1, 12, 3, 60, 1, 28, 9])
     best = engine.recommend(histories, 10, 2, seed=11)
     for user in range(len(histories)):
         alone = engine.recommend(histories.select(torch.tensor([user])), 10, 2, seed=11)
         assert alone.items[0].tolist() == best.items[user].tolist()
+        torch.testing.assert_close(alone.scores[0], best.scores[user], rtol=0, atol=TOLERANCE)
 
 
 def test_own_items_and_long_lists_are_served_too(engine: OnnxRuntimeEngine) -> None:
@@ -120,8 +121,11 @@ def test_an_empty_batch_and_bad_requests(engine: OnnxRuntimeEngine) -> None:
     assert engine.recommend(Jagged.from_lists([]), 3, 2).items.shape == (0, 3)
     with pytest.raises(ValueError, match="history 1 is empty"):
         engine.recommend(Jagged.from_lists([[1], []]), 3, 2)
-    with pytest.raises(ValueError, match="item ids span 41 to 41; allowed: 1 to 40"):
-        engine.recommend(Jagged.from_lists([[41]]), 3, 2)
+    with pytest.raises(ValueError, match="history 0 is empty"):
+        engine.recommend(Jagged.from_lists([[]]), 3, 2)
+    for bad in ([41], [1, 41], [0, 2]):
+        with pytest.raises(ValueError, match=f"item ids span {min(bad)} to {max(bad)}; allowed: 1 to 40"):
+            engine.recommend(Jagged.from_lists([bad]), 3, 2)
     with pytest.raises(ValueError, match="k is 41; allowed: 1 to 40"):
         engine.recommend(histories_of([2]), 41, 2)
     with pytest.raises(ConfigError, match="steps is 33; allowed: 1 to 32"):

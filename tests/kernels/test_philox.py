@@ -122,10 +122,26 @@ def test_a_rows_noise_does_not_depend_on_the_other_rows(
     assert torch.equal(philox.row_noise(seed, torch.tensor(keys), draw, width + 5)[:, :width], whole)
 
 
+@given(
+    keys=st.lists(st.integers(0, philox.ROW_KEYS - 1), max_size=4),
+    draws=st.lists(st.integers(0, 4095), max_size=5),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_several_draws_are_those_draws(keys: list[int], draws: list[int], width: int, seed: int) -> None:
+    rows = torch.tensor(keys, dtype=torch.int64)
+    found = philox.row_noise(seed, rows, draws, width)
+    assert found.shape == (len(draws), len(keys), width)
+    for draw, noise in zip(draws, found, strict=True):
+        assert torch.equal(noise, philox.row_noise(seed, rows, draw, width))
+    assert np.array_equal(philox.draw_noise(seed, rows.numpy(), draws, width), found.numpy())
+
+
 def test_working_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     offset = torch.arange(1000).view(8, 125)
     whole = philox.randn(7, offset)
-    monkeypatch.setattr(philox, "_CHUNK", 33)
+    monkeypatch.setattr(philox, "CHUNK", 33)
     assert torch.equal(philox.randn(7, offset), whole)
     assert torch.equal(philox.randn(7, offset.T), whole.T)
     assert philox.randn(7, torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3)
