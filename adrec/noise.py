@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -119,8 +118,8 @@ class NoiseSource(Protocol):
 class PhiloxNoise:
     """Noise that is a function of (seed, the row's key, draw, dimension) only; see `kernels.philox`.
 
-    planned: draws that will be asked for, in that order. Those of few rows are computed several at a time: each costs
-    about as much as all.
+    planned: draws that will be asked for, in that order. Those of few rows are computed several at a time: for one user
+    a draw costs half as much as 32. What is returned is kept, and not to be written to.
     """
 
     seed: int
@@ -130,17 +129,15 @@ class PhiloxNoise:
     _ahead: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, draw: int) -> Tensor:
-        if draw not in self._ahead:
-            self._ahead.clear()
+        ahead = self._ahead
+        if draw not in ahead:
             first = self.planned.index(draw) if draw in self.planned else len(self.planned)
             most = max(1, philox.CHUNK // max(1, self.row_keys.numel() * self.width))
             part = self.planned[first : first + most] or (draw,)
-            self._ahead.update(zip(part, self.draws(part), strict=True))
-        return self._ahead[draw]
-
-    def draws(self, numbers: Sequence[int]) -> Tensor:
-        """Several draws at once, `[S, B, D]`."""
-        return philox.row_noise(self.seed, self.row_keys, numbers, self.width)
+            ahead = dict(zip(part, philox.row_noise(self.seed, self.row_keys, part, self.width), strict=True))
+            # Exchanged as a whole: another thread sees all of it or nothing.
+            object.__setattr__(self, "_ahead", ahead)
+        return ahead[draw]
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.row_keys.numel(), self.width, device=self.row_keys.device)
@@ -158,10 +155,6 @@ class ExplicitNoise:
 
     def __call__(self, draw: int) -> Tensor:
         return self.values[draw]
-
-    def draws(self, numbers: Sequence[int]) -> Tensor:
-        """Several draws at once, `[S, B, D]`."""
-        return self.values[list(numbers)]
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.values[0])

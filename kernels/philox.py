@@ -34,7 +34,6 @@ _MULTIPLIERS = np.array([[_MULTIPLIER_B], [_MULTIPLIER_A]], dtype=np.uint64)
 _ROUNDS = 10
 _UNIFORM_SCALE = 4.6566127342e-10
 _LEAST = 1e-7
-_GAP = 72
 CHUNK = 1 << 14
 """Elements worked on at a time: the work arrays of a chunk then stay in a core's second-level cache."""
 
@@ -46,7 +45,7 @@ def offsets(row_keys: Tensor, draw: int | Sequence[int], width: int) -> Tensor:
     width: D, at most 4096. Returns `[B, width]` int64, or `[S, B, width]` for S draws. Raises ValueError outside those
     ranges (row keys: on a CPU).
     """
-    draws = [draw] if isinstance(draw, int) else list(draw)
+    draws = list(draw) if isinstance(draw, Sequence) else [int(draw)]
     for number in draws:
         if not 0 <= number < 1 << DRAW_BITS:
             raise ValueError(f"draw is {number}; allowed: 0 to {(1 << DRAW_BITS) - 1}")
@@ -56,10 +55,11 @@ def offsets(row_keys: Tensor, draw: int | Sequence[int], width: int) -> Tensor:
     if row_keys.device.type == "cpu":
         counters = torch.from_numpy(_counters(row_keys.numpy(), draws, width))
     else:
-        starts = torch.tensor(draws, dtype=torch.int64, device=row_keys.device) << DIMENSION_BITS
-        row = torch.arange(width, device=row_keys.device) + starts[:, None, None]
-        counters = (row_keys << (DRAW_BITS + DIMENSION_BITS))[:, None] + row
-    return counters[0] if isinstance(draw, int) else counters
+        base = (row_keys << (DRAW_BITS + DIMENSION_BITS))[:, None] + torch.arange(width, device=row_keys.device)
+        # A tensor of the draws would be copied from the host, which waits for the device.
+        parts = [base + (number << DIMENSION_BITS) for number in draws]
+        counters = torch.stack(parts) if parts else base.new_empty(0, *base.shape)
+    return counters if isinstance(draw, Sequence) else counters[0]
 
 
 def _counters(row_keys: NDArray[np.int64], draws: Sequence[int], width: int) -> NDArray[np.int64]:
@@ -121,8 +121,8 @@ class _Work(threading.local):
 
     def of(self, count: int) -> NDArray[np.uint64]:
         if count > self.words.shape[2]:
-            # Rows at multiples of 4 KiB of each other would wait for each other's writes.
-            self.words = np.empty((3, 2, count + _GAP), dtype=np.uint64)
+            # A few words longer: rows that lie multiples of 4 KiB apart wait for each other's writes.
+            self.words = np.empty((3, 2, count + 72), dtype=np.uint64)
         return self.words[:, :, :count]
 
 
@@ -130,7 +130,7 @@ _work = _Work()
 
 
 def _words(seed: int, offset: NDArray[np.uint64], work: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The same rounds in numpy, of counters `[M]`: both words, `[2, M]`, in ``work`` `[3, 2, M]`.
+    """The rounds of `_philox_on_device` in numpy, of counters `[M]`: both words, `[2, M]`, in ``work`` `[3, 2, M]`.
 
     Its unsigned shifts need no mask and its operations reuse their arrays: twice as fast as torch's on one core, where
     the noise of 32 steps is a fifth of the work of a batch. Words 2 and 0 are rows of one array, as are 3 and 1: half

@@ -231,6 +231,8 @@ def history_keys(histories: Jagged) -> Tensor:
     """Hash each history to a row key in [0, 2^39): equal histories share their noise. Returns `[B]` int64."""
     if histories.values.numel() == 0:
         return torch.zeros_like(histories.lengths)
+    if len(histories) == 1 and histories.values.device.type == "cpu":
+        return torch.tensor([history_key(histories.values.numpy())])
     multipliers = _place_multipliers(histories.longest).to(histories.values.device)
     # Products wrap around in int64 on purpose; the odd multiplier of each place keeps the order of items relevant.
     rows = histories.rows

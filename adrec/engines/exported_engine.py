@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +128,9 @@ class ExportedEngine(Engine):
 
     def encode(self, histories: Jagged) -> PaddedGroups:
         histories = histories.to("cpu")
+        if len(histories) == 1:
+            # What grouping costs is a tenth of a single user's request.
+            return PaddedGroups((torch.zeros(1, dtype=torch.int64),), (histories,), 1)
         order = torch.argsort(histories.lengths, stable=True)
         lengths = histories.lengths[order]
         per_run = self.run_tokens + self.model.config.items / (_ROWS_PER_TOKEN * self.model.config.width)
@@ -162,8 +165,9 @@ class ExportedEngine(Engine):
         graph, session = self.session(table)
         if exclude is not None or graph.k is None or k > graph.k or len(histories) == 0:
             return super().recommend(histories, k, steps, seed, row_keys, exclude)
-        if len(histories) == 1 and row_keys is None:
-            found = self.run(graph, session, self._single(graph, session, histories, table, seed), ("items", "scores"))
+        if len(histories) == 1:
+            inputs = self._single(graph, session, histories, table, seed, row_keys)
+            found = self.run(graph, session, inputs, ("items", "scores"))
             return TopK(found["items"][:, :k].to(self.device), found["scores"][:, :k].to(self.device))
         histories, noise = self._checked(histories, table, seed, row_keys=row_keys)
         state = self.encode(histories)
@@ -174,17 +178,25 @@ class ExportedEngine(Engine):
         return TopK(items.to(self.device), scores.to(self.device))
 
     def _single(
-        self, graph: GraphFile, session: Any, histories: Jagged, table: DiffusionTable | None, seed: int
+        self,
+        graph: GraphFile,
+        session: Any,
+        histories: Jagged,
+        table: DiffusionTable | None,
+        seed: int,
+        row_keys: Tensor | None,
     ) -> dict[str, np.ndarray]:
         """Checked inputs of one user, made in numpy: what grouping and torch's calls cost is a third of its request."""
         items = histories.values.cpu().numpy()
-        if not (len(items) and items.min() >= 1 and items.max() <= self.model.config.items):
-            self.check_histories(histories)
+        if row_keys is not None or not (len(items) and items.min() >= 1 and items.max() <= self.model.config.items):
+            self._checked(histories, table, seed, row_keys=row_keys)
         items = items[-self.model.config.max_length :]
-        padded = np.zeros((1, self.columns(session, 1, len(items))), dtype=np.int64)
+        padded = np.zeros((1, self.columns(session, 1, len(items))), dtype=items.dtype)
         padded[0, padded.shape[1] - len(items) :] = items
-        keys = np.array([history_key(items)])
-        drawn = None if table is None else philox.draw_noise(seed, keys, table.draws, self.model.config.width)
+        drawn: Iterable[NDArray[np.float32]] = ()
+        if table is not None:
+            keys = np.array([history_key(items)]) if row_keys is None else row_keys.cpu().numpy()
+            drawn = philox.draw_noise(seed, keys, table.draws, self.model.config.width)
         return request_inputs(graph, padded, np.array([len(items)]), table, drawn, self.model)
 
     def _runs(
@@ -202,8 +214,8 @@ class ExportedEngine(Engine):
 
         def given(rows: Tensor, histories: Jagged, columns: int) -> dict[str, np.ndarray]:
             items, lengths = histories.padded(columns).numpy(), histories.lengths.numpy()
-            drawn = None if table is None else noise.select(rows.to(place)).draws(table.draws).cpu().numpy()
-            return request_inputs(graph, items, lengths, table, drawn, self.model)
+            theirs = noise if state.size == 1 else noise.select(rows.to(place))
+            return request_inputs(graph, items, lengths, table, draws_of(theirs, table), self.model)
 
         # All widths first: where a run of the request is not possible, none is started.
         parts = [
@@ -312,13 +324,13 @@ def request_inputs(
     items: NDArray[np.int64],
     lengths: NDArray[np.int64],
     table: DiffusionTable | None,
-    drawn: NDArray[np.float32] | None,
+    drawn: Iterable[NDArray[np.float32]],
     model: SequenceModel,
 ) -> dict[str, np.ndarray]:
     """What a graph is given for a group of `U` users.
 
-    items: their histories, left-padded to the longest or more, `[U, L]`. lengths: `[U]`. drawn: their noise, of each of
-    ``table.draws``, `[S, U, D]`.
+    items: their histories, left-padded to the longest or more, `[U, L]`. lengths: `[U]`. drawn: their noise, `[U, D]`
+    for each of ``table.draws``.
     """
     kinds = {spec.name: spec.dtype for spec in graph.inputs}
     names = set(kinds)
@@ -331,7 +343,8 @@ def request_inputs(
     if "noise" in names and table is not None:
         # Rows that no coefficient reads stay zero: nothing is drawn for them.
         noise = np.zeros((table.steps + 1, len(lengths), model.config.width), dtype=np.float32)
-        noise[list(table.draws)] = drawn
+        for draw, values in zip(table.draws, drawn, strict=True):
+            noise[draw] = values
         inputs["noise"] = noise
     if "times" in names and table is not None:
         coefficients = torch.stack([table.from_x0, table.from_xt, table.sigma], 1)
@@ -339,6 +352,12 @@ def request_inputs(
     if "table" in names:
         inputs["table"] = model.table.detach().cpu().to(getattr(torch, kinds["table"])).numpy()
     return inputs
+
+
+def draws_of(noise: PhiloxNoise | ExplicitNoise, table: DiffusionTable | None) -> Iterator[NDArray[np.float32]]:
+    """The noise that sampling with a table reads, `[B, D]` a draw; one or a few are in memory."""
+    for draw in () if table is None else table.draws:
+        yield noise(draw).float().cpu().numpy()
 
 
 def group_bounds(lengths: tuple[int, ...], run_tokens: float) -> tuple[int, ...]:

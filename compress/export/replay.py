@@ -20,7 +20,7 @@ from adrec.checkpoint import Run
 from adrec.data.jagged import Jagged
 from adrec.engines.base import history_keys
 from adrec.engines.exported import GraphFile, load_manifest
-from adrec.engines.exported_engine import request_inputs
+from adrec.engines.exported_engine import draws_of, request_inputs
 from adrec.engines.onnxruntime import OnnxRuntimeEngine
 from adrec.errors import ConfigError, NotSupportedError
 from adrec.files import write_text
@@ -81,8 +81,7 @@ def save_for_replay(folder: Path, run: Run, histories: Jagged, out: Path, *, see
         table = engine.table(plans_of(graph, source)[-1])
         _, session = engine.session(table)
         items, lengths = histories.padded(histories.longest).numpy(), histories.lengths.numpy()
-        drawn = None if table is None else noise.draws(table.draws).numpy()
-        inputs = request_inputs(graph, items, lengths, table, drawn, source.model)
+        inputs = request_inputs(graph, items, lengths, table, draws_of(noise, table), source.model)
         given = {spec.name: inputs[spec.name] for spec in graph.inputs}
         names = [spec.name for spec in graph.outputs]
         values = dict(zip(names, session.run(names, given), strict=True))

@@ -87,6 +87,11 @@ def test_row_keys_are_checked_before_the_graph_runs(engine: OnnxRuntimeEngine) -
         engine.recommend(histories, 3, steps=2, row_keys=torch.arange(3))
     with pytest.raises(ValueError, match="2\\^39"):
         engine.recommend(histories, 3, steps=2, row_keys=torch.tensor([0, 2**39]))
+    alone = Jagged.from_lists([[1, 2]])
+    with pytest.raises(ValueError, match=r"row_keys is \(2,\); expected \[1\]"):
+        engine.recommend(alone, 3, steps=2, row_keys=torch.arange(2))
+    with pytest.raises(ValueError, match="2\\^39"):
+        engine.recommend(alone, 3, steps=2, row_keys=torch.tensor([2**39]))
 
 
 def test_row_keys_and_explicit_noise_reach_the_graph(engine: OnnxRuntimeEngine) -> None:
@@ -94,6 +99,9 @@ def test_row_keys_and_explicit_noise_reach_the_graph(engine: OnnxRuntimeEngine) 
     keys = torch.tensor([5, 6, 7, 8])
     found = engine.recommend(histories, 5, 2, 3, keys)
     assert torch.equal(found.items, exact.recommend(histories, 5, 2, 3, keys).items)
+    for user in range(4):
+        row = torch.tensor([user])
+        assert torch.equal(engine.recommend(histories.select(row), 5, 2, 3, keys[row]).items, found.items[row])
     assert not torch.equal(found.items, engine.recommend(histories, 5, 2, 3, keys + 1).items)
     noise = torch.randn(3, 4, WIDTH)
     torch.testing.assert_close(

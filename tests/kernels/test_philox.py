@@ -220,5 +220,14 @@ def test_the_largest_counter_still_fits_and_no_rows_give_no_noise() -> None:
 def test_the_path_of_other_devices_gives_the_same_words(seed: int, values: list[int]) -> None:
     """On a CPU the rounds run in numpy; the torch rounds that a GPU runs must agree bit for bit."""
     offset = torch.tensor(values)
-    for ours, theirs in zip(philox.philox(seed, offset), philox._philox_on_device(seed, offset), strict=True):
+    words = philox._philox_on_device(seed, offset)
+    for ours, theirs in zip(philox.philox(seed, offset), words, strict=True):
         assert torch.equal(ours, theirs)
+    difference = philox.randn(seed, offset) - philox._normals_on_device(*words)
+    assert difference.abs().max() <= TRITON_TOLERANCE
+
+
+@pytest.mark.parametrize("draw", [3, (), (0, 4095)])
+def test_offsets_have_the_same_shape_on_other_devices(draw: int | tuple[int, ...]) -> None:
+    keys = torch.zeros(2, dtype=torch.int64)
+    assert philox.offsets(keys.to("meta"), draw, 5).shape == philox.offsets(keys, draw, 5).shape
