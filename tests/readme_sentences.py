@@ -137,8 +137,8 @@ SENTENCES: tuple[tuple[str, Callable[[], Values]], ...] = (
     ("the test figures of the three seeds stay at {} / {} (`accuracy-beauty-loss-scale-5-*`)", lambda: tuple(
         statistics.mean(row[name]["value"] for row in accuracy("beauty", "adrec", "-loss-scale-5"))
         for name in ("HR@20", "NDCG@20"))),
-    ("It adds {} to {} NDCG@20 to its own stage 1 in each of six runs (three seeds, with the reconstruction loss weighed"
-     " 1 and 5), and {} to {} with the paper's settings", lambda: (
+    ("It adds {} to {} NDCG@20 to its own stage 1 in each of six runs (three seeds, with and without"
+     " `train.loss_scale=5`), and {} to {} with the paper's settings", lambda: (
         *gains("", "-loss-scale-5"), *gains("-paper"))),
     ("the top-20 lists of the two engines agree ({} on {} users)", agreement),
     ("One step keeps {} % [{}, {}] of the 32-step NDCG@20, and {} of its top-20 lists", one_step),
